@@ -1,1 +1,1 @@
-"""Layercast."""
+"""The gateway of Layercast: OpenAI-compatible HTTP in front, replicas behind, and no request lost in between."""

@@ -361,8 +361,13 @@ class OfferHandoffsResponse(_message.Message):
 
     ACCEPTED_REQUEST_IDS_FIELD_NUMBER: _builtins.int
     ROOM_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
     room: _builtins.int
     """How many more it would take."""
+    complete: _builtins.bool
+    """The target holds the whole checkpoint and is an ordinary replica: gateways
+    give it requests, sources do not.
+    """
     @_builtins.property
     def accepted_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Ids that the target owns now."""
@@ -372,10 +377,11 @@ class OfferHandoffsResponse(_message.Message):
         *,
         accepted_request_ids: _abc.Iterable[_builtins.str] | None = ...,
         room: _builtins.int = ...,
+        complete: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_request_ids", b"accepted_request_ids", "room", b"room"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["accepted_request_ids", b"accepted_request_ids", "complete", b"complete", "room", b"room"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

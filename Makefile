@@ -1,0 +1,100 @@
+# Everything a developer or CI does. Needs Python >= 3.11, a C compiler and the package registries; the rest is
+# installed into .venv by the first target that wants it. `make` alone prints what there is.
+SHELL := bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Redone only when what it was made from changes.
+STAMP := $(VENV)/.installed-from
+
+# Python must not put the current folder first on its path: operator/ here is not the standard library's operator.
+export PYTHONSAFEPATH := 1
+export VENV
+
+# Arguments for pytest, e.g. `make test ARGS='-k handoff'`.
+ARGS ?=
+
+# quietly NAME, COMMAND: one line when it is well, everything it said when it is not.
+quietly = @printf '%-22s' '$(1)'; start=$$SECONDS; \
+  if out=$$({ $(2); } 2>&1); then echo "ok  $$((SECONDS - start)) s"; else echo FAILED; echo "$$out"; exit 1; fi
+
+.PHONY: help
+help: ## Show this help
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.PHONY: venv
+venv: $(STAMP) ## Create .venv with the tested versions of everything
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Layercast needs Python 3.11 or newer; say which: make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV) (a minute or two; torch is the large one)"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+.PHONY: demo
+demo: $(STAMP) ## Watch a model service grow from one replica to three while it serves
+	@$(BIN)/layercast demo
+
+# Threads of the test's many processes would fight for the cores.
+.PHONY: test test-unit test-processes
+test: test-unit test-processes ## Run all tests that need no cluster
+
+test test-unit test-processes: export OMP_NUM_THREADS ?= 1
+
+test-unit: $(STAMP) ## ... only those inside one process
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m 'not processes' $(ARGS)
+
+test-processes: $(STAMP) ## ... only those that start (and kill) real gateways, operators, agents
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m processes $(ARGS)
+
+.PHONY: test-cluster
+test-cluster: $(STAMP) ## Run the tests that need Kubernetes, against $KUBECONFIG
+ifeq ($(wildcard tests/cluster/test_*.py),)
+	@echo 'There are no cluster tests yet: they come with the issue "Layercast on Kubernetes".'
+else
+	@test -n "$${KUBECONFIG:-}" || { echo "Set KUBECONFIG to a cluster that the tests may use." >&2; exit 2; }
+	@$(BIN)/python -m pytest tests/cluster -q $(ARGS)
+endif
+
+.PHONY: check check-style check-types check-imports check-proto check-generated check-tidy
+check: check-style check-types check-imports check-proto check-generated check-tidy ## Lint, types, import contracts, protos, house rules
+	@echo "All checks pass."
+
+check-style: $(STAMP)
+	$(call quietly,ruff check,$(BIN)/ruff check .)
+	$(call quietly,ruff format,$(BIN)/ruff format --check .)
+
+check-types: $(STAMP)
+	$(call quietly,mypy,$(BIN)/mypy operator gateway node_agent cli tests)
+
+check-imports: $(STAMP)
+	$(call quietly,import contracts,$(BIN)/lint-imports --no-logo)
+
+check-proto: $(STAMP)
+	$(call quietly,buf lint,$(BIN)/buf lint proto)
+
+check-generated: $(STAMP)
+	$(call quietly,generated code,tools/proto.sh --check)
+
+check-tidy: $(STAMP)
+	$(call quietly,house rules,$(BIN)/python -m pytest -q tests/test_tidy.py tests/test_imports.py tests/test_docs.py)
+
+.PHONY: proto
+proto: $(STAMP) ## Generate proto/gen from proto/ (commit the result)
+	@tools/proto.sh
+
+.PHONY: fmt
+fmt: $(STAMP) ## Format the code and mend what ruff can mend
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+.PHONY: clean
+clean: ## Remove .venv, caches and what the demo wrote
+	@rm -rf $(VENV) out dist .layercast .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .grimp_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

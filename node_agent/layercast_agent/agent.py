@@ -1,0 +1,345 @@
+"""The node's agent: which replica is on which device, and what the operator may do with them.
+
+It decides nothing about other nodes and stores nothing: assignments live in memory and end with the process,
+because its workers end with it too. What a worker does with a replica is the worker's; the agent keeps the one
+fact that must survive a worker, namely that its replica failed and why.
+
+Every command is idempotent and named by its caller. A command that has begun is finished even when its caller
+hangs up: the caller's next try then finds it done.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import uuid
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+from layercast.agent.v1alpha1 import agent_pb2 as pb
+from layercast.peer.v1alpha1 import peer_pb2
+from layercast.worker.v1alpha1 import worker_pb2
+
+from layercast_agent.checkpoints import Checkpoints
+from layercast_agent.errors import PeerError
+from layercast_agent.peer_manifest import fetch_manifest
+from layercast_agent.settings import AgentSettings
+from layercast_agent.workers import CommandError, Worker, WorkerLostError
+
+log = logging.getLogger(__name__)
+
+FAILED_REPLICAS_MAX = 64
+"""Failed replicas that are remembered until somebody stops them; the oldest is forgotten first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CommandDeadlines:
+    """How long the parts of a command may take, in seconds."""
+
+    manifest_s: float = 5.0
+    """A peer's answer with manifest and small files."""
+
+    assign_s: float = 60.0
+    """Building a model without parameters and allocating its memory."""
+
+    command_s: float = 5.0
+    """A worker's answer to BeginTransfer and BeginDrain, which only begin something."""
+
+    unassign_s: float = 30.0
+    """Freeing the device; waits for peers that still read from it. The worker is killed after it."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Assignment:
+    """A device that is taken: from the moment of choosing it until it is free again."""
+
+    request: pb.StartReplicaRequest
+    worker: Worker
+    begun: asyncio.Task[None]
+    assigned: bool = False
+
+
+class Agent:
+    """Commands and status of one node. Used on the asyncio thread only."""
+
+    def __init__(
+        self,
+        *,
+        settings: AgentSettings,
+        workers: Sequence[Worker],
+        checkpoints: Checkpoints,
+        deadlines: CommandDeadlines = CommandDeadlines(),
+    ) -> None:
+        self.workers = tuple(workers)
+        self.checkpoints = checkpoints
+        self.peer = peer_pb2.Peer(peer_id=settings.node)
+        self.disk_bytes_per_s = 0
+        self.instance_id = uuid.uuid4().hex
+        self._settings = settings
+        self._deadlines = deadlines
+        self._assignments: dict[str, _Assignment] = {}
+        self._failed: dict[str, pb.Replica] = {}
+        self._commands: set[asyncio.Task[None]] = set()
+
+    def status(self) -> pb.GetStatusResponse:
+        """Everything that is known of this node. Waits for nobody: workers are asked beforehand."""
+        return pb.GetStatusResponse(
+            node=self._settings.node,
+            instance_id=self.instance_id,
+            peer=self.peer,
+            devices=[self._device(worker) for worker in self.workers],
+            checkpoints=self.checkpoints.statuses(),
+            replicas=[*self._replicas(), *self._failed.values()],
+            egress_bytes_per_s=self._settings.egress_bytes_per_s,
+            disk_bytes_per_s=self.disk_bytes_per_s,
+            leaf=self._settings.leaf,
+        )
+
+    async def start_replica(self, request: pb.StartReplicaRequest) -> str:
+        """AgentService.StartReplica; returns the device. CommandError with a code of its table."""
+        for name in ("replica_id", "digest"):
+            if not getattr(request, name):
+                raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, f"{name} is missing")
+        known = self._assignments.get(request.replica_id)
+        if known is None:
+            known = self._take_device(request)
+        elif not _same(known, request):
+            raise CommandError(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"replica {request.replica_id} exists on {known.worker.slot.device_id} with other arguments",
+            )
+        await asyncio.shield(known.begun)
+        return known.worker.slot.device_id
+
+    async def start_transfer(self, request: pb.StartTransferRequest) -> None:
+        """AgentService.StartTransfer. CommandError with a code of its table."""
+        if not request.upstreams:
+            raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, "upstreams is empty")
+        assignment = await self._settled(request.replica_id)
+        if assignment is None:
+            failed = self._failed.get(request.replica_id)
+            why = f"failed: {failed.error}" if failed is not None else "is not on this node"
+            raise CommandError(grpc.StatusCode.NOT_FOUND, f"replica {request.replica_id} {why}")
+        begin = self._with_local_disk(request, assignment.request.digest)
+        try:
+            await assignment.worker.begin_transfer(begin, deadline_s=self._deadlines.command_s)
+        except WorkerLostError as error:
+            raise CommandError(grpc.StatusCode.NOT_FOUND, str(error)) from error
+
+    async def drain_replica(self, request: pb.DrainReplicaRequest) -> None:
+        """AgentService.DrainReplica; unknown and failed replicas have nothing to drain."""
+        assignment = await self._settled(request.replica_id)
+        if assignment is None:
+            return
+        drain = worker_pb2.BeginDrainRequest(drain=request)
+        try:
+            await assignment.worker.begin_drain(drain, deadline_s=self._deadlines.command_s)
+        except WorkerLostError as error:
+            log.info("a replica to drain is gone", extra={"replica": request.replica_id, "reason": str(error)})
+
+    async def stop_replica(self, replica_id: str) -> None:
+        """AgentService.StopReplica; afterwards its device is free, by the worker's death if need be."""
+        await self._to_its_end(self._stop(replica_id))
+
+    def worker_died(self, device_id: str, reason: str, replica: pb.Replica | None) -> None:
+        """Called by a worker for each life that ended: what it held is lost, and stays visible as failed."""
+        for replica_id, assignment in list(self._assignments.items()):
+            # One that is still being assigned learns of it by its own call to the worker.
+            if assignment.worker.slot.device_id == device_id and assignment.assigned:
+                del self._assignments[replica_id]
+                told = replica if replica is not None and replica.replica_id == replica_id else None
+                failed = failed_replica(told or _blank(assignment), reason)
+                failed.device_id = device_id
+                self._remember_failed(failed)
+                log.warning("a replica failed", extra={"replica": replica_id, "reason": reason})
+
+    def _take_device(self, request: pb.StartReplicaRequest) -> _Assignment:
+        taken = {assignment.worker.slot.device_id for assignment in self._assignments.values()}
+        idle = [
+            worker
+            for worker in self.workers
+            if worker.state == pb.WORKER_STATE_IDLE
+            and worker.slot.device_id not in taken
+            and request.device_id in ("", worker.slot.device_id)
+        ]
+        if not idle:
+            raise CommandError(grpc.StatusCode.RESOURCE_EXHAUSTED, self._why_none_idle(request.device_id))
+        begun = asyncio.create_task(self._assign(request, idle[0]))
+        begun.add_done_callback(_look_at_result)
+        self._failed.pop(request.replica_id, None)
+        self._assignments[request.replica_id] = _Assignment(request=request, worker=idle[0], begun=begun)
+        return self._assignments[request.replica_id]
+
+    def _why_none_idle(self, device_id: str) -> str:
+        states = {d.device_id: pb.WorkerState.Name(d.worker_state) for d in map(self._device, self.workers)}
+        if device_id and device_id not in states:
+            return f"there is no device {device_id} here, only {', '.join(states)}"
+        found = ", ".join(f"{name} is {state.removeprefix('WORKER_STATE_')}" for name, state in states.items())
+        return f"no idle worker: {found}"
+
+    async def _assign(self, request: pb.StartReplicaRequest, worker: Worker) -> None:
+        try:
+            manifest_json, files = await self._manifest(request)
+            pid = worker.pid
+            assign = worker_pb2.AssignReplicaRequest(
+                replica=request, manifest_json=manifest_json, files=files
+            )
+            await worker.assign(assign, deadline_s=self._deadlines.assign_s)
+            if worker.pid != pid:
+                raise WorkerLostError(f"worker of {worker.slot.device_id} died: {worker.error}")
+            # No await since the check: a death from here on finds an assigned replica and reports it as failed.
+            self._assignments[request.replica_id].assigned = True
+        except BaseException as error:
+            del self._assignments[request.replica_id]
+            if isinstance(error, WorkerLostError):
+                text = f"no idle worker: {error}"
+                raise CommandError(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from error
+            raise
+        log.info(
+            "a replica was assigned",
+            extra={"replica": request.replica_id, "device": worker.slot.device_id, "model": request.model},
+        )
+
+    async def _manifest(self, request: pb.StartReplicaRequest) -> tuple[bytes, Mapping[str, bytes]]:
+        """Manifest (JSON) and small files, from this node's disk or from the given peer."""
+        held = self.checkpoints.held(request.digest)
+        if held is not None:
+            return held.manifest.to_json(), held.files
+        try:
+            return await fetch_manifest(
+                request.manifest_peer, digest=request.digest, deadline_s=self._deadlines.manifest_s
+            )
+        except PeerError as error:
+            raise CommandError(grpc.StatusCode.UNAVAILABLE, str(error)) from error
+
+    async def _stop(self, replica_id: str) -> None:
+        self._failed.pop(replica_id, None)
+        assignment = await self._settled(replica_id)
+        if assignment is None:
+            return
+        worker = assignment.worker
+        try:
+            if worker.state == pb.WORKER_STATE_DEAD:
+                worker.kill("worker was silent when its replica was stopped")
+            else:
+                unassign = worker_pb2.UnassignReplicaRequest(replica_id=replica_id)
+                await worker.unassign(unassign, deadline_s=self._deadlines.unassign_s)
+        except WorkerLostError as error:
+            log.warning(
+                "a replica was stopped by its worker's end",
+                extra={"replica": replica_id, "reason": str(error)},
+            )
+        if self._assignments.get(replica_id) is assignment:
+            del self._assignments[replica_id]
+        self._failed.pop(replica_id, None)  # the worker may have died of it
+        log.info("a replica was stopped", extra={"replica": replica_id, "device": worker.slot.device_id})
+
+    async def _settled(self, replica_id: str) -> _Assignment | None:
+        """The assignment, once it has succeeded; None when there is none or it failed."""
+        assignment = self._assignments.get(replica_id)
+        if assignment is not None and not assignment.begun.done():
+            await asyncio.wait({assignment.begun})
+            assignment = self._assignments.get(replica_id)
+        return assignment
+
+    async def _to_its_end(self, command: Coroutine[Any, Any, None]) -> None:
+        """Runs a command that its caller's hanging up does not stop half way."""
+        task = asyncio.create_task(command)
+        self._commands.add(task)
+        task.add_done_callback(self._commands.discard)
+        task.add_done_callback(_look_at_result)
+        await asyncio.shield(task)
+
+    def _with_local_disk(
+        self, request: pb.StartTransferRequest, digest: str
+    ) -> worker_pb2.BeginTransferRequest:
+        """Adds the folder of this node's own copy, and drops the upstream that means a copy that is not there."""
+        held = self.checkpoints.held(digest)
+        upstreams = [u for u in request.upstreams if held is not None or not u.local_disk]
+        if not upstreams:
+            raise CommandError(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"this node's disk does not hold checkpoint {digest}, and there is no other upstream",
+            )
+        transfer = pb.StartTransferRequest()
+        transfer.CopyFrom(request)
+        del transfer.upstreams[:]
+        transfer.upstreams.extend(upstreams)
+        reads_disk = held is not None and any(u.local_disk for u in upstreams)
+        path = str(self.checkpoints.folder(digest)) if reads_disk else ""
+        return worker_pb2.BeginTransferRequest(transfer=transfer, local_disk_path=path)
+
+    def _device(self, worker: Worker) -> pb.Device:
+        device_id = worker.slot.device_id
+        occupants = [i for i, a in self._assignments.items() if a.worker is worker]
+        taken = bool(occupants) and worker.state == pb.WORKER_STATE_IDLE
+        return pb.Device(
+            device_id=device_id,
+            memory_bytes=worker.memory_bytes,
+            worker_state=pb.WORKER_STATE_ASSIGNED if taken else worker.state,
+            error=worker.error,
+            replica_id=occupants[0] if occupants else "",
+            worker_pid=worker.pid,
+        )
+
+    def _replicas(self) -> Iterator[pb.Replica]:
+        for replica_id, assignment in self._assignments.items():
+            if not assignment.assigned:
+                continue
+            worker = assignment.worker
+            told = worker.replica
+            replica = told if told is not None and told.replica_id == replica_id else _blank(assignment)
+            if worker.state == pb.WORKER_STATE_DEAD:
+                replica = failed_replica(replica, worker.error)
+            shown = pb.Replica()
+            shown.CopyFrom(replica)
+            shown.device_id = worker.slot.device_id
+            yield shown
+
+    def _remember_failed(self, replica: pb.Replica) -> None:
+        self._failed[replica.replica_id] = replica
+        while len(self._failed) > FAILED_REPLICAS_MAX:
+            del self._failed[next(iter(self._failed))]
+
+
+def failed_replica(replica: pb.Replica, reason: str) -> pb.Replica:
+    """The replica as it is without its worker: nothing resident, nothing running; how far it was stays visible."""
+    failed = pb.Replica()
+    failed.CopyFrom(replica)
+    failed.state = pb.REPLICA_STATE_FAILED
+    failed.error = reason
+    failed.segments_resident[:] = [False] * len(replica.segments_resident)
+    failed.layers_resident = 0
+    failed.ClearField("load")
+    return failed
+
+
+def _blank(assignment: _Assignment) -> pb.Replica:
+    """An assigned replica of which its worker has not told anything yet."""
+    return pb.Replica(
+        replica_id=assignment.request.replica_id,
+        model=assignment.request.model,
+        digest=assignment.request.digest,
+        device_id=assignment.worker.slot.device_id,
+        state=pb.REPLICA_STATE_LOADING,
+    )
+
+
+def _same(known: _Assignment, request: pb.StartReplicaRequest) -> bool:
+    """Whether a repeat asks for what is there. `manifest_peer` is only where to ask, so it may differ."""
+    first = known.request
+    return (
+        first.model == request.model
+        and first.digest == request.digest
+        and first.context_length_max == request.context_length_max
+        and first.batch_size_max == request.batch_size_max
+        and request.device_id in ("", known.worker.slot.device_id)
+    )
+
+
+def _look_at_result(task: asyncio.Task[None]) -> None:
+    """An error has been told to the callers; when all of them hung up, asyncio need not complain."""
+    if not task.cancelled():
+        task.exception()

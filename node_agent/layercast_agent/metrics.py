@@ -1,0 +1,183 @@
+"""/metrics, /healthz and /readyz of an agent, each answered from one observation of the node.
+
+A thread serves HTTP and asks the asyncio thread for the status; so a scrape sees one consistent moment, and an
+agent whose asyncio thread hangs is not healthy. Counters are kept where they are counted and read here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from threading import Thread
+from typing import Any
+
+from layercast.agent.v1alpha1 import agent_pb2 as pb
+from prometheus_client import CollectorRegistry, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import Collector
+
+log = logging.getLogger(__name__)
+
+ANSWER_S = 2.0
+"""How long the asyncio thread may take; shorter than every scraper's and probe's own limit."""
+
+USABLE = (pb.WORKER_STATE_IDLE, pb.WORKER_STATE_ASSIGNED)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Observation:
+    """One moment of the node."""
+
+    status: pb.GetStatusResponse
+    restarts: Mapping[str, int]
+    """Restarts of the worker of each device since the agent's start."""
+
+
+def ready(status: pb.GetStatusResponse) -> bool:
+    """Whether the node can take a replica or has one: at least one worker is warm and answers."""
+    return any(device.worker_state in USABLE for device in status.devices)
+
+
+def families(seen: Observation) -> Iterator[Metric]:
+    """What an observation says in metrics."""
+    restarts = CounterMetricFamily(
+        "layercast_agent_worker_restarts", "Workers started again after their end.", labels=["device"]
+    )
+    for device_id, count in seen.restarts.items():
+        restarts.add_metric([device_id], count)
+    yield restarts
+    yield _by_state(
+        "layercast_agent_workers",
+        "Workers by state.",
+        pb.WorkerState,
+        Counter(device.worker_state for device in seen.status.devices),
+    )
+    yield _by_state(
+        "layercast_agent_replicas",
+        "Replicas by state.",
+        pb.ReplicaState,
+        Counter(replica.state for replica in seen.status.replicas),
+    )
+    yield _by_state(
+        "layercast_agent_checkpoints",
+        "Checkpoints by state.",
+        pb.CheckpointState,
+        Counter(checkpoint.state for checkpoint in seen.status.checkpoints),
+    )
+    on_disk = {c.digest: sum(c.segment_bytes) for c in seen.status.checkpoints if c.on_disk}
+    yield GaugeMetricFamily(
+        "layercast_agent_disk_checkpoint_bytes", "Packed checkpoints on disk.", value=sum(on_disk.values())
+    )
+    yield GaugeMetricFamily(
+        "layercast_agent_disk_bytes_per_second",
+        "Read rate of the store, measured at start; 0 until then.",
+        value=seen.status.disk_bytes_per_s,
+    )
+    arrived = GaugeMetricFamily(
+        "layercast_agent_replica_resident_bytes", "Verified parameter bytes.", labels=["replica", "device"]
+    )
+    for replica in seen.status.replicas:
+        arrived.add_metric([replica.replica_id, replica.device_id], replica.transfer.done_bytes)
+    yield arrived
+
+
+def _by_state(name: str, text: str, states: Any, counts: Mapping[int, int]) -> GaugeMetricFamily:
+    """One sample a state, also for those with none, so that a series does not end when a state is left."""
+    family = GaugeMetricFamily(name, text, labels=["state"])
+    prefix = states.DESCRIPTOR.values_by_number[0].name.removesuffix("UNSPECIFIED")
+    for number, value in states.DESCRIPTOR.values_by_number.items():
+        if number:
+            family.add_metric([value.name.removeprefix(prefix).lower()], counts.get(number, 0))
+    return family
+
+
+class _Observed(Collector):
+    """Turns an observation into metrics at each scrape."""
+
+    def __init__(self, observe: Callable[[], Observation]) -> None:
+        self._observe = observe
+
+    def collect(self) -> Iterator[Metric]:
+        return families(self._observe())
+
+    def describe(self) -> Iterator[Metric]:
+        return iter(())  # names depend on nothing; an empty answer keeps registration from observing
+
+
+class MetricsServer:
+    """Serves the three paths on a thread of its own."""
+
+    def __init__(
+        self, *, address: tuple[str, int], observe: Callable[[], Observation], loop: asyncio.AbstractEventLoop
+    ) -> None:
+        """Binds at once: OSError when the port is in use. `observe` is called on `loop`'s thread."""
+
+        async def observation() -> Observation:
+            return observe()
+
+        def ask() -> Observation:
+            return asyncio.run_coroutine_threadsafe(observation(), loop).result(ANSWER_S)
+
+        registry = CollectorRegistry()
+        registry.register(_Observed(ask))
+        ProcessCollector(registry=registry)
+        handler = type("Handler", (_Handler,), {"ask": staticmethod(ask), "registry": registry})
+        self._server = ThreadingHTTPServer(address, handler)
+        self._server.daemon_threads = True
+        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port it listens on."""
+        return self._server.server_port
+
+    def start(self) -> None:
+        """Begins to answer."""
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stops answering and frees the port. Blocking, briefly; call it from another thread than the loop's."""
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """GET /metrics, /healthz, /readyz."""
+
+    ask: Callable[[], Observation]
+    registry: CollectorRegistry
+
+    def do_GET(self) -> None:
+        """Answers one request; 503 when the node does not answer in time."""
+        path = self.path.partition("?")[0]
+        try:
+            if path == "/metrics":
+                self._answer(200, generate_latest(self.registry), CONTENT_TYPE_LATEST)
+            elif path == "/healthz":
+                self.ask()
+                self._answer(200, b"ok\n")
+            elif path == "/readyz":
+                good = ready(self.ask().status)
+                self._answer(200 if good else 503, b"ok\n" if good else b"no worker is warm\n")
+            else:
+                self._answer(404, b"there are /metrics, /healthz and /readyz\n")
+        except FutureTimeoutError:
+            self._answer(503, b"the agent does not answer\n")
+
+    def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", content_type)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (the name is the library's)
+        """One line a probe would drown the decisions."""
+        log.debug("http request", extra={"request": format % args})

@@ -1,0 +1,151 @@
+"""Packing: an opened Hugging Face folder becomes one file a segment, checksums and a manifest.
+
+Bytes stream: one block of one tensor is in memory at a time, whatever the model's size. Each chunk is summed
+while it is written, so the data is touched once. The folder is flushed to disk before `pack` returns; making it
+visible by renaming is the store's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import BinaryIO
+
+from layercast_agent.checksum import SegmentChecksum
+from layercast_agent.errors import CheckpointError
+from layercast_agent.layout import DTYPE_NAMES, ITEM_BYTES, Manifest, SegmentSpec, plan_segments, seal
+from layercast_agent.parameters import layer_count, select
+from layercast_agent.precision import convert
+from layercast_agent.safetensors_header import StoredTensor, packed_header
+from layercast_agent.source_checkpoint import SourceCheckpoint
+
+MANIFEST_FILE = "manifest.json"
+FILES_FOLDER = "files"
+READ_BYTES = 4 * 1024 * 1024
+
+Report = Callable[[int, int], None]
+"""Called with (bytes done, bytes in all)."""
+
+
+def segment_file(index: int) -> str:
+    """Name of a packed segment's file."""
+    return f"segment-{index:03d}.safetensors"
+
+
+def pack(
+    source: SourceCheckpoint,
+    folder: Path,
+    *,
+    dtype: str,
+    chunk_bytes: int,
+    report: Report,
+    reserve: Callable[[int], None] = lambda nbytes: None,
+) -> Manifest:
+    """Writes the packed form into `folder`, which exists and is empty.
+
+    `dtype` is "float32", "bfloat16", "float16", or empty for the checkpoint's own: the one that most of its bytes
+    have. `reserve` is told the size before the first byte is written and may raise. CheckpointError names file,
+    tensor and offset; OSError is the target disk's.
+    """
+    selection = select(source.config, source.tensors)
+    if selection.equal is not None:
+        _check_equal(*selection.equal)
+    word = _dtype_word(dtype, selection.tensors)
+    shapes = {name: (word, tensor.shape) for name, tensor in selection.tensors.items()}
+    plans = plan_segments(shapes, layer_count(source.config))
+    total = sum(plan.nbytes for plan in plans)
+    reserve(total)
+    report(0, total)
+    done = 0
+    segments = []
+    for plan in plans:
+
+        def wrote(nbytes: int) -> None:
+            nonlocal done
+            done += nbytes
+            report(done, total)
+
+        segments.append(_pack_segment(folder, plan, selection.tensors, chunk_bytes, wrote))
+    manifest = seal(
+        segments=segments,
+        dtype=DTYPE_NAMES[word],
+        config=source.config,
+        files={name: hashlib.sha256(content).hexdigest() for name, content in source.files.items()},
+        chunk_bytes=chunk_bytes,
+    )
+    (folder / FILES_FOLDER).mkdir()
+    for name, content in source.files.items():
+        _write(folder / FILES_FOLDER / name, content)
+    _write(folder / MANIFEST_FILE, manifest.to_json())
+    flush_folder(folder / FILES_FOLDER)
+    flush_folder(folder)
+    return manifest
+
+
+def flush_folder(folder: Path) -> None:
+    """Makes the names in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+class _ChunkWriter:
+    """Gathers a segment's bytes into chunks; sums and writes each when it is full."""
+
+    def __init__(self, file: BinaryIO, *, chunk_bytes: int, wrote: Callable[[int], None]) -> None:
+        self._file = file
+        self._chunk = memoryview(bytearray(chunk_bytes))
+        self._filled = 0
+        self._wrote = wrote
+        self._checksum = SegmentChecksum()
+        self._crcs: list[int] = []
+        self.position = 0
+
+    def write(self, data: memoryview) -> None:
+        self.position += len(data)
+        while len(data):
+            part = data[: len(self._chunk) - self._filled]
+            self._chunk[self._filled : self._filled + len(part)] = part
+            self._filled += len(part)
+            data = data[len(part) :]
+            if self._filled == len(self._chunk):
+                self._flush()
+
+    def finish(self, plan: SegmentSpec) -> SegmentSpec:
+        if self._filled:
+            self._flush()
+        return replace(plan, chunk_crc32=tuple(self._crcs), checksum=self._checksum.value)
+
+    def _flush(self) -> None:
+        full = self._chunk[: self._filled]
+        self._crcs.append(zlib.crc32(full))
+        self._checksum.update(full)
+        self._file.write(full)
+        self._filled = 0
+        self._wrote(len(full))
+
+
+def _pack_segment(
+    folder: Path,
+    plan: SegmentSpec,
+    tensors: Mapping[str, StoredTensor],
+    chunk_bytes: int,
+    wrote: Callable[[int], None],
+) -> SegmentSpec:
+    with (folder / segment_file(plan.index)).open("wb", buffering=0) as raw:
+        file = _Whole(raw)
+        file.write(memoryview(packed_header(plan)))
+        writer = _ChunkWriter(file, chunk_bytes=chunk_bytes, wrote=wrote)
+        for tensor in plan.tensors:
+            writer.write(memoryview(bytes(tensor.offset - writer.position)))
+            for block in _converted(tensors[tensor.name], tensor.dtype):
+                writer.write(block)
+        sealed = writer.finish(plan)
+        os.fsync(raw.fileno())
+    return sealed

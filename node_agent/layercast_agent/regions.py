@@ -1,0 +1,144 @@
+"""Who may read which memory: regions, each fenced by an epoch.
+
+Peers read memory of this process (parameters, and the state of requests that move) through the transport.
+A region names such memory by (id, epoch). Two things must never happen: that a peer reads memory which has
+been freed and means something else by now, and that memory is freed while a peer still reads it. So every
+read goes through `RegionTable.reading`, which checks the name and the range and counts the reader, and
+`remove` first fences the region, then waits for its readers.
+
+Ids are never used twice in a process, and the epoch differs between two starts of a process, so a name that
+was learnt from a dead process is refused by its successor on the same port.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from layercast_agent.errors import NoCapacityError, RegionFencedError
+
+
+class ReadableMemory(Protocol):
+    """Memory that peers may read."""
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Host-readable bytes [offset, offset + nbytes), format `B`."""
+
+
+class WritableMemory(ReadableMemory, Protocol):
+    """Memory that a transfer fills."""
+
+    def staging(self, offset: int, nbytes: int) -> memoryview:
+        """Writable host memory for incoming bytes of that range, format `B`."""
+
+    def commit(self, offset: int, nbytes: int, staged: memoryview) -> None:
+        """Make the staged bytes visible in the memory itself."""
+
+
+class HostMemory:
+    """Plain host memory, zeroed, or the given bytes without a copy; for request state and for tests."""
+
+    def __init__(self, source: int | bytearray) -> None:
+        self._bytes = bytearray(source) if isinstance(source, int) else source
+        self.nbytes = len(self._bytes)
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes themselves."""
+        return memoryview(self._bytes)[offset : offset + nbytes]
+
+    def staging(self, offset: int, nbytes: int) -> memoryview:
+        """The bytes themselves: what is received is already in place."""
+        return self.view(offset, nbytes)
+
+    def commit(self, offset: int, nbytes: int, staged: memoryview) -> None:
+        """Nothing is left to do; the staging is the memory."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RegionRef:
+    """Name of a region, as peers say it."""
+
+    region_id: int
+    epoch: int
+    nbytes: int
+
+
+@dataclass(slots=True)
+class _Entry:
+    memory: ReadableMemory
+    readers: int = 0
+    fenced: bool = False
+
+
+class RegionTable:
+    """The regions of this process. Thread-safe."""
+
+    def __init__(self, *, epoch: int | None = None) -> None:
+        """`epoch` names this start of the process; random unless a test gives it."""
+        self._epoch = secrets.randbits(62) + 1 if epoch is None else epoch
+        self._entries: dict[int, _Entry] = {}
+        self._next_id = 1
+        self._changed = threading.Condition()
+
+    def add(self, memory: ReadableMemory) -> RegionRef:
+        """Let peers read `memory` until `remove`; the table keeps it alive."""
+        with self._changed:
+            region_id = self._next_id
+            self._next_id += 1
+            self._entries[region_id] = _Entry(memory)
+        return RegionRef(region_id=region_id, epoch=self._epoch, nbytes=memory.nbytes)
+
+    @contextmanager
+    def reading(self, region_id: int, epoch: int, offset: int, nbytes: int) -> Iterator[memoryview]:
+        """Hold bytes [offset, offset + nbytes) of a region for the length of the block.
+
+        Raises:
+            RegionFencedError: unknown id, another epoch, being removed, or a range outside the region.
+        """
+        entry = self._enter(region_id, epoch, offset, nbytes)
+        try:
+            with entry.memory.view(offset, nbytes) as view:
+                yield view
+        finally:
+            with self._changed:
+                entry.readers -= 1
+                self._changed.notify_all()
+
+    def _enter(self, region_id: int, epoch: int, offset: int, nbytes: int) -> _Entry:
+        with self._changed:
+            entry = self._entries.get(region_id)
+            if entry is None or entry.fenced or epoch != self._epoch:
+                raise RegionFencedError(f"region {region_id} of epoch {epoch} is not readable here")
+            size = entry.memory.nbytes
+            if offset < 0 or nbytes < 0 or offset + nbytes > size:
+                raise RegionFencedError(
+                    f"bytes [{offset}, {offset + nbytes}) are outside region {region_id} of {size} bytes"
+                )
+            entry.readers += 1
+            return entry
+
+    def remove(self, region_id: int, *, deadline_s: float) -> None:
+        """Refuse new reads at once, then wait for the current ones. Unknown ids succeed.
+
+        Raises:
+            NoCapacityError: somebody still reads after `deadline_s`; the region stays fenced, the memory
+                must not be reused yet, and the call may be repeated.
+        """
+        with self._changed:
+            entry = self._entries.get(region_id)
+            if entry is None:
+                return
+            entry.fenced = True
+            if not self._changed.wait_for(lambda: entry.readers == 0, timeout=deadline_s):
+                raise NoCapacityError(
+                    f"region {region_id} is still being read by {entry.readers} after {deadline_s} s"
+                )
+            self._entries.pop(region_id, None)

@@ -1,0 +1,281 @@
+"""The source's side of live scale-up: shares its queue with replicas that are still loading.
+
+One task of a complete replica. New and waiting requests are offered to the targets, with the hidden states after
+the embedding; whenever the engine has no prefill of its own, the earliest request is taken back with the layers done
+so far (`live.choose_take` at the target) and finished here. Running decodes go on meanwhile, batched with whatever
+was taken.
+
+A target that fails is dropped: what it owned is replayed by the gateways, what it did not accept never left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import grpc
+import torch
+from layercast.peer.v1alpha1 import peer_pb2 as pb
+from layercast.peer.v1alpha1 import peer_pb2_grpc
+
+from layercast_agent.engine.engine import Engine
+from layercast_agent.engine.sequence import Sequence
+from layercast_agent.errors import AgentError
+from layercast_agent.worker import wire
+from layercast_agent.worker.desk import RequestDesk
+from layercast_agent.worker.handoffs import HandoffShelf, fetch_state
+
+log = logging.getLogger(__name__)
+
+CALL_DEADLINE_S = 5.0
+"""For OfferHandoffs and TakeHandoff: a layer's time and a state's transfer, with a wide margin."""
+
+POLL_S = 0.02
+"""How often an idle source asks again when its targets had nothing for it."""
+
+FULL_BACKOFF_S = 0.2
+"""How long a target that had no room is left alone."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Link:
+    """One target: how to reach it, and what it owns that came from here."""
+
+    peer: pb.Peer
+    channel: grpc.aio.Channel
+    stub: peer_pb2_grpc.PeerServiceAsyncStub
+    outstanding: dict[str, float] = field(default_factory=dict)
+    full_until: float = 0.0
+    asked_at: float = 0.0
+    first_token_at: float | None = None
+
+
+class Cooperation:
+    """Shares the queue of one source with any number of targets. Used on the asyncio thread only."""
+
+    def __init__(
+        self, *, me: pb.Peer, token: bytes, desk: RequestDesk, shelf: HandoffShelf, busy: Callable[[], bool]
+    ) -> None:
+        self._me = me
+        self._token = token
+        self._desk = desk
+        self._shelf = shelf
+        self._busy = busy
+        self._links: dict[str, Link] = {}
+        self._offers: deque[Sequence] = deque()
+        self._taken_from: dict[str, str] = {}
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+        self.given = 0
+        self.taken = 0
+
+    @property
+    def active(self) -> bool:
+        return bool(self._links)
+
+    @property
+    def offered(self) -> list[Sequence]:
+        """Requests that wait to be offered."""
+        return list(self._offers)
+
+    def add_target(self, peer: pb.Peer) -> None:
+        """Starts cooperation with a target; a repeat changes nothing."""
+        if peer.peer_id in self._links:
+            return
+        channel = grpc.aio.insecure_channel(peer.address)
+        stub = peer_pb2_grpc.PeerServiceAsyncStub(channel)
+        self._links[peer.peer_id] = Link(peer=peer, channel=channel, stub=stub)
+        log.info("cooperation with a target begins", extra={"target": peer.peer_id})
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._run())
+        self._wake.set()
+
+    def divert(self, seq: Sequence) -> bool:
+        """Takes a new request for the targets; False when nobody cooperates."""
+        if not self._links:
+            return False
+        self._offers.append(seq)
+        self._wake.set()
+        return True
+
+    def wake(self) -> None:
+        """Something changed: the engine finished a turn, or the first token of a request went out."""
+        self._wake.set()
+
+    def first_token(self, request_id: str) -> None:
+        """The first token of a request went out; its giver is told with the next take."""
+        link = self._links.get(self._taken_from.pop(request_id, ""))
+        if link is not None and link.first_token_at is None:
+            link.first_token_at = time.time()
+
+    async def close(self) -> list[Sequence]:
+        """Ends all cooperation; returns the requests that were not offered yet."""
+        for target in list(self._links):
+            await self._drop(target, reason="this replica stops cooperating")
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        offers, self._offers = list(self._offers), deque()
+        return offers
+
+    async def _run(self) -> None:
+        for seq in await self._desk.ask(_release_fresh):
+            self._offers.append(seq)
+        while self._links:
+            if await self._offer_next() or await self._take_next():
+                continue
+            self._wake.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), POLL_S)
+        await self._reclaim()
+
+    async def _reclaim(self) -> None:
+        """Nobody is left to help: the requests are this replica's own again."""
+        while self._offers:
+            await self._keep(self._offers.popleft())
+
+    async def _keep(self, seq: Sequence) -> None:
+        if seq.request_id not in self._desk.owned:
+            return
+        try:
+            await self._desk.ask(lambda engine: engine.add(seq))
+        except AgentError as error:
+            self._desk.give_back([seq], reason=str(error))
+
+    async def _offer_next(self) -> bool:
+        """Offers one request to the target that owns the fewest; False when none could be."""
+        now = time.monotonic()
+        able = [link for link in self._links.values() if link.full_until <= now]
+        if not self._offers:
+            return False
+        if not able:
+            return await self._keep_one_when_idle()
+        link = min(able, key=lambda link: (len(link.outstanding), link.peer.peer_id))
+        seq = self._offers.popleft()
+        if seq.request_id in self._desk.owned:
+            await self._offer(link, seq)
+        return True
+
+    async def _keep_one_when_idle(self) -> bool:
+        """Targets are full: an idle source does not wait for them."""
+        if not await self._desk.ask(_idle):
+            return False
+        await self._keep(self._offers.popleft())
+        return True
+
+    async def _offer(self, link: Link, seq: Sequence) -> None:
+        handoff = await self._shelve_embedding(seq)
+        request = pb.OfferHandoffsRequest(source=self._me, handoffs=[handoff])
+        try:
+            answer = await link.stub.OfferHandoffs(request, timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
+            answer = pb.OfferHandoffsResponse()
+        finally:
+            self._shelf.close(seq.request_id)
+        if seq.request_id in answer.accepted_request_ids:
+            self._desk.disown(seq.request_id)
+            link.outstanding[seq.request_id] = seq.arrived_at
+            self.given += 1
+            return
+        self._offers.appendleft(seq)
+        if answer.complete:
+            await self._drop(link.peer.peer_id, reason="it is complete")
+        else:
+            link.full_until = time.monotonic() + FULL_BACKOFF_S
+
+    async def _shelve_embedding(self, seq: Sequence) -> pb.Handoff:
+        def embed(engine: Engine) -> torch.Tensor:
+            engine.embed(seq)
+            state = engine.export_state(seq)
+            seq.hidden = None
+            return state
+
+        state = await self._desk.ask(embed)
+        return self._shelf.put(seq, layers_done=0, state=state, model=self._desk.model, now=time.monotonic())
+
+    async def _take_next(self) -> bool:
+        """Takes the earliest request when the engine has no prefill of its own."""
+        link = min(
+            self._links.values(),
+            key=lambda link: (min(link.outstanding.values(), default=float("inf")), link.asked_at),
+            default=None,
+        )
+        if link is None or self._offers or self._busy() or not await self._desk.ask(_idle):
+            return False
+        link.asked_at = time.monotonic()
+        request = pb.TakeHandoffRequest(taker=self._me)
+        if link.first_token_at is not None:
+            request.first_token_at.FromNanoseconds(int(link.first_token_at * 1e9))
+        try:
+            answer = await link.stub.TakeHandoff(request, timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
+            return True
+        if not answer.HasField("handoff"):
+            link.outstanding.clear()
+            if answer.complete:
+                await self._drop(link.peer.peer_id, reason="it is complete and nothing waits there")
+            return answer.complete
+        return await self._take(link, answer.handoff)
+
+    async def _take(self, link: Link, handoff: pb.Handoff) -> bool:
+        seq = wire.sequence_of(handoff.request)
+        link.outstanding.pop(seq.request_id, None)
+        taken = False
+        if self._desk.can_reach(seq.gateway_id):
+            taken = await self._import(link, seq, handoff)
+        release = pb.ReleaseHandoffRequest(request_id=seq.request_id, taken=taken)
+        try:
+            await link.stub.ReleaseHandoff(release, timeout=CALL_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
+        return taken
+
+    async def _import(self, link: Link, seq: Sequence, handoff: pb.Handoff) -> bool:
+        def add(engine: Engine) -> None:
+            engine.add(seq)
+            try:
+                if state is not None:
+                    engine.import_state(seq, handoff.layers_done, state)
+            except AgentError:
+                engine.release(seq)
+                raise
+
+        try:
+            state = await fetch_state(handoff, giver=link.peer, token=self._token)
+            self._desk.own(seq, layers_done=handoff.layers_done)
+            self._taken_from[seq.request_id] = link.peer.peer_id
+            await self._desk.ask(add)
+        except AgentError as error:
+            log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})
+            self._desk.disown(seq.request_id)
+            self._taken_from.pop(seq.request_id, None)
+            return False
+        self._desk.announce(seq)
+        self.taken += 1
+        return True
+
+    async def _drop(self, target: str, *, reason: str) -> None:
+        link = self._links.pop(target, None)
+        if link is not None:
+            log.info("cooperation with a target ends", extra={"target": target, "reason": reason})
+            await link.channel.close()
+
+
+def _idle(engine: Engine) -> bool:
+    """No prefill of its own: decodes alone leave room for another request's layers."""
+    return engine.prefilling == 0 and not engine.waiting
+
+
+def _release_fresh(engine: Engine) -> list[Sequence]:
+    fresh = [seq for seq in engine.waiting if seq.layers_done == 0]
+    for seq in fresh:
+        engine.release(seq)
+    return fresh

@@ -1,0 +1,183 @@
+"""The requests that this replica owns, and what their gateways are told.
+
+Lives on the asyncio thread. A request is owned from its `Accepted` to its end: finished, cancelled, given back, or
+handed off. Whoever owns a request answers for it; whoever does not keeps no trace of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+from layercast.engine.v1alpha1 import engine_pb2 as pb
+
+from layercast_agent.engine.engine import Engine
+from layercast_agent.engine.sequence import Sequence, TokenEvent
+from layercast_agent.errors import AgentError, RequestError
+from layercast_agent.worker import wire
+from layercast_agent.worker.engine_loop import EngineLoop
+from layercast_agent.worker.streams import GatewayStreams
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class RequestDesk:
+    """Takes requests in, gives tokens out."""
+
+    def __init__(self, *, replica_id: str, model: str, loop: EngineLoop, streams: GatewayStreams) -> None:
+        self.replica_id = replica_id
+        self.model = model
+        self.owned: dict[str, Sequence] = {}
+        self.first_token_at: float | None = None
+        self.on_first_token: Callable[[str], None] = lambda request_id: None
+        self.divert: Callable[[Sequence], bool] = lambda seq: False
+        self._started: set[str] = set()
+        self._unannounced: dict[str, int] = {}
+        self._emptied = asyncio.Event()
+        self._loop = loop
+        self._streams = streams
+        self._refusal = ""
+
+    def refuse_new(self, reason: str) -> None:
+        """From now on new requests go straight back to their gateways."""
+        self._refusal = reason
+
+    async def submit(self, request: pb.Request) -> None:
+        """A gateway's Submit: idempotent by (request id, attempt)."""
+        mine = self.owned.get(request.request_id)
+        if mine is not None and mine.attempt >= request.attempt:
+            self._resend(mine)
+            return
+        if mine is not None:
+            await self.cancel(request.request_id, mine.attempt)
+        seq = wire.sequence_of(request)
+        refusal = self._refusal or (
+            ""
+            if request.model == self.model
+            else f"this replica serves {self.model!r}, not {request.model!r}"
+        )
+        if refusal:
+            self._streams.send(seq.gateway_id, [wire.returned(seq, reason=refusal)])
+            return
+        await self._admit(request, seq)
+
+    async def _admit(self, request: pb.Request, seq: Sequence) -> None:
+        self.own(seq, layers_done=0)
+        try:
+            await self.ask(lambda engine: engine.check(seq))
+            if not self.divert(seq):
+                await self.ask(lambda engine: engine.add(seq))
+        except RequestError as error:
+            self.disown(seq.request_id)
+            self._streams.send(seq.gateway_id, [wire.refused(request, message=str(error))])
+        except AgentError as error:
+            self.disown(seq.request_id)
+            self._streams.send(seq.gateway_id, [wire.returned(seq, reason=str(error))])
+        else:
+            self.announce(seq)
+
+    def own(self, seq: Sequence, *, layers_done: int) -> None:
+        """The request is about to enter the engine; its gateway hears of it with `announce`."""
+        self.owned[seq.request_id] = seq
+        self._unannounced[seq.request_id] = layers_done
+
+    def announce(self, seq: Sequence) -> None:
+        """Tells the gateway who owns the request; once, and always before its first token."""
+        layers_done = self._unannounced.pop(seq.request_id, None)
+        if layers_done is not None:
+            event = wire.accepted(seq, replica_id=self.replica_id, layers_done=layers_done)
+            self._streams.send(seq.gateway_id, [event])
+
+    def can_reach(self, gateway_id: str) -> bool:
+        """Whether tokens for that gateway have a way out of here."""
+        return self._streams.connected(gateway_id)
+
+    def disown(self, request_id: str) -> Sequence | None:
+        """Forgets a request that ended or belongs to another replica now."""
+        self._started.discard(request_id)
+        self._unannounced.pop(request_id, None)
+        seq = self.owned.pop(request_id, None)
+        if not self.owned:
+            self._emptied.set()
+        return seq
+
+    async def wait_empty(self, deadline_s: float) -> None:
+        """Returns when nothing is owned, or when the time is over."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(deadline_s):
+                while self.owned:
+                    self._emptied.clear()
+                    await self._emptied.wait()
+
+    async def cancel(self, request_id: str, attempt: int) -> None:
+        """A gateway's Cancel."""
+        seq = self.owned.get(request_id)
+        if seq is None or seq.attempt > attempt:
+            return
+        self.disown(request_id)
+        await self.ask(lambda engine: engine.cancel(request_id))
+
+    async def cancel_gateway(self, gateway_id: str) -> None:
+        """The gateway is gone for good: so are its requests."""
+        for seq in [s for s in self.owned.values() if s.gateway_id == gateway_id]:
+            await self.cancel(seq.request_id, seq.attempt)
+
+    def give_back(self, sequences: Iterable[Sequence], *, reason: str) -> None:
+        """Returns requests, already out of the engine, to their gateways."""
+        for seq in sequences:
+            if self.disown(seq.request_id) is not None:
+                self._streams.send(seq.gateway_id, [wire.returned(seq, reason=reason)])
+
+    async def return_waiting(self, reason: str) -> None:
+        """Gives back what waits in the engine for its first execution."""
+        self.give_back(await self.ask(_release_waiting), reason=reason)
+
+    async def return_all(self, reason: str) -> None:
+        """Gives back everything that this replica owns, with the tokens that it produced."""
+        sequences = list(self.owned.values())
+
+        def release(engine: Engine) -> None:
+            for seq in sequences:
+                engine.cancel(seq.request_id)
+
+        await self.ask(release)
+        self.give_back(sequences, reason=reason)
+
+    def tokens(self, events: list[TokenEvent]) -> None:
+        """One step's tokens, on their way from the engine thread to the gateways."""
+        mine = [event for event in events if event.request_id in self.owned]
+        for event in mine:
+            if event.request_id not in self._started:
+                self._started.add(event.request_id)
+                self.announce(self.owned[event.request_id])
+                self.first_token_at = self.first_token_at or time.time()
+                self.on_first_token(event.request_id)
+        for gateway_id, batch in wire.events_by_gateway(mine).items():
+            self._streams.send(gateway_id, batch)
+        for event in mine:
+            if event.finish is not None:
+                self.disown(event.request_id)
+
+    async def ask(self, function: Callable[[Engine], T]) -> T:
+        """Runs a function on the engine thread and waits for its result."""
+        return await asyncio.wrap_future(self._loop.call(function))
+
+    def _resend(self, seq: Sequence) -> None:
+        events = [wire.accepted(seq, replica_id=self.replica_id)]
+        so_far = wire.tokens_so_far(seq)
+        if so_far is not None:
+            events.append(so_far)
+        self._streams.send(seq.gateway_id, events)
+
+
+def _release_waiting(engine: Engine) -> list[Sequence]:
+    waiting = list(engine.waiting)
+    for seq in waiting:
+        engine.release(seq)
+    return waiting

@@ -1,0 +1,236 @@
+"""The engine thread: runs turns and, between two turns, what other threads ask of the engine.
+
+A turn is one continuous-batching step once the model is complete, and one layer of one request before that. Whoever
+wants to look at or change the engine sends a function with `call`; it runs at the next turn's boundary, which is a
+layer boundary while the replica is live. Nothing else ever touches the engine.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+from layercast_agent import live
+from layercast_agent.engine.engine import Engine, EngineLoad
+from layercast_agent.engine.sequence import Sequence, TokenEvent
+from layercast_agent.errors import NoCapacityError
+from layercast_agent.worker.pacing import ComputeShare
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+IDLE_WAIT_S = 1.0
+"""Longest sleep of an idle thread; every change wakes it, so this only bounds a lost wake-up."""
+
+RATE_WINDOW_S = 2.0
+"""Time constant of the measured prefill rate."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoopView:
+    """What the last turn left behind; read by other threads without asking the engine."""
+
+    load: EngineLoad
+    prefilling: int
+    prefill_tokens_per_s: float
+    first_layer_at: float | None
+
+
+class EngineLoop:
+    """One thread that owns one engine."""
+
+    def __init__(
+        self,
+        *,
+        engine: Engine,
+        layers: int,
+        share: ComputeShare,
+        on_tokens: Callable[[list[TokenEvent]], None],
+        on_turn: Callable[[], None],
+        on_failure: Callable[[Exception], None],
+    ) -> None:
+        self._engine = engine
+        self._layers = layers
+        self._share = share
+        self._on_tokens = on_tokens
+        self._on_turn = on_turn
+        self._on_failure = on_failure
+        self._calls: deque[Callable[[], None]] = deque()
+        self._wake = threading.Condition()
+        self._stopping = False
+        self._attached: set[int] = set()
+        self._segments = layers + 2
+        self._rate = 0.0
+        self._first_layer_at: float | None = None
+        self.view = self._look()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self, *, deadline_s: float) -> bool:
+        """Ends the thread after the current turn; False when it did not end in time. Later calls fail."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        self._thread.join(deadline_s)
+        return not self._thread.is_alive()
+
+    def call(self, function: Callable[[Engine], T]) -> Future[T]:
+        """Runs `function(engine)` on the engine thread at the next boundary."""
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function(self._engine))
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self._stopping:
+                future.set_exception(NoCapacityError("the replica is being stopped"))
+                return future
+            self._calls.append(run)
+            self._wake.notify()
+        return future
+
+    def attach(self, segment: int, tensors: Mapping[str, torch.Tensor]) -> Future[None]:
+        """Makes a verified segment executable."""
+
+        def run(engine: Engine) -> None:
+            engine.model.attach(tensors)
+            self._attached.add(segment)
+
+        return self.call(run)
+
+    @property
+    def complete(self) -> bool:
+        """Every segment is attached: the replica can finish requests by itself."""
+        return len(self._attached) == self._segments
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while not self._stopping:
+                    if not self._turn():
+                        self._pause(IDLE_WAIT_S, until_called=True)
+        except Exception as error:
+            # Whatever went wrong in a turn, the requests are whole at their gateways: give them back.
+            log.exception("the engine failed")
+            self._stopping = True
+            self._on_failure(error)
+        finally:
+            self._refuse_calls()
+
+    def _turn(self) -> bool:
+        """Calls, then one turn; False when there was nothing to do."""
+        called = self._run_calls()
+        if called:
+            self._publish()
+        started, cpu_started = time.monotonic(), time.thread_time()
+        prefix_before = self._prefix_computed()
+        events = self._execute()
+        if events is None:
+            return called
+        wall_s = time.monotonic() - started
+        pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
+        self._measure(self._prefix_computed() - prefix_before, wall_s + pause_s)
+        if events:
+            self._on_tokens(events)
+        self._publish()
+        if pause_s > 0.001:
+            self._pause(pause_s, until_called=False)
+        return True
+
+    def _execute(self) -> list[TokenEvent] | None:
+        if self.complete:
+            load = self._engine.load()
+            if load.requests_waiting + load.requests_running == 0:
+                return None
+            return self._engine.step()
+        chosen = self._choose_quantum()
+        if chosen is None:
+            return None
+        self._engine.run_layer(chosen)
+        if self._first_layer_at is None:
+            self._first_layer_at = time.time()
+        return []
+
+    def _choose_quantum(self) -> Sequence | None:
+        able = [seq for seq in self._engine.waiting if self._can_start(seq)]
+        chosen = live.choose_quantum(
+            (live_request(seq) for seq in able),
+            layers=self._layers,
+            resident=lambda layer: layer + 1 in self._attached,
+        )
+        return next((seq for seq in able if chosen and seq.request_id == chosen.request_id), None)
+
+    def _can_start(self, seq: Sequence) -> bool:
+        """The first layer needs hidden states or the embedding; the first quantum needs pages."""
+        if seq.hidden is None and 0 not in self._attached:
+            return False
+        return bool(seq.pages) or self._engine.has_room(seq)
+
+    def _prefix_computed(self) -> int:
+        return self._engine.prefill_tokens_done
+
+    def _measure(self, tokens: int, seconds: float) -> None:
+        if tokens > 0 and seconds > 0:
+            weight = min(1.0, seconds / RATE_WINDOW_S) if self._rate else 1.0
+            self._rate += weight * (tokens / seconds - self._rate)
+
+    def _look(self) -> LoopView:
+        return LoopView(
+            load=self._engine.load(),
+            prefilling=self._engine.prefilling,
+            prefill_tokens_per_s=self._rate,
+            first_layer_at=self._first_layer_at,
+        )
+
+    def _publish(self) -> None:
+        self.view = self._look()
+        self._on_turn()
+
+    def _run_calls(self) -> bool:
+        ran = False
+        while self._calls:
+            self._calls.popleft()()
+            ran = True
+        return ran
+
+    def _pause(self, seconds: float, *, until_called: bool) -> None:
+        """Sleeps; calls are answered meanwhile, so that a paced device never delays a handoff."""
+        deadline = time.monotonic() + seconds
+        while not self._stopping and (left := deadline - time.monotonic()) > 0:
+            with self._wake:
+                if not self._calls:
+                    self._wake.wait(left)
+            if self._calls and until_called:
+                return
+            if self._run_calls():
+                self._publish()
+        if not until_called:
+            self._share.paused(seconds)
+
+    def _refuse_calls(self) -> None:
+        with self._wake:
+            self._stopping = True
+            calls, self._calls = self._calls, deque()
+        for run in calls:
+            run()
+
+
+def live_request(seq: Sequence) -> live.LiveRequest:
+    """What the choices of live scale-up see of a sequence."""
+    return live.LiveRequest(request_id=seq.request_id, arrived_at=seq.arrived_at, layers_done=seq.layers_done)

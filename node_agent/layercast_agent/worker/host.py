@@ -1,0 +1,32 @@
+"""What every assignment of a worker shares: its device, its data plane, its gateways."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from layercast.peer.v1alpha1 import peer_pb2
+
+from layercast_agent.holdings import Holdings
+from layercast_agent.regions import RegionTable
+from layercast_agent.worker.pacing import ComputeShare
+from layercast_agent.worker.settings import WorkerSettings
+from layercast_agent.worker.streams import GatewayStreams
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerHost:
+    """Made once at the worker's start."""
+
+    settings: WorkerSettings
+    device: torch.device
+    address: str
+    data_address: str
+    table: RegionTable
+    holdings: Holdings
+    streams: GatewayStreams
+    share: ComputeShare
+
+    def peer(self, replica_id: str) -> peer_pb2.Peer:
+        """How others reach the replica on this worker."""
+        return peer_pb2.Peer(peer_id=replica_id, address=self.address, data_address=self.data_address)

@@ -1,0 +1,119 @@
+"""Turns a manifest into a model without parameters, and the memory that its parameters will land in.
+
+Everything that takes time or memory at a scale-up beside the transfer itself happens here, once, before the first
+chunk is asked for: the plan, the allocation, the construction of the modules on the meta device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from layercast.agent.v1alpha1 import agent_pb2
+
+from layercast_agent.device import DeviceMemory
+from layercast_agent.engine.engine import Engine, EngineLimits
+from layercast_agent.engine.kv import KVCache
+from layercast_agent.engine.model import LayeredModel, ModelShape, shape_of
+from layercast_agent.holdings import Holding
+from layercast_agent.layout import Manifest
+from layercast_agent.regions import RegionRef
+from layercast_agent.residency import Residency
+from layercast_agent.worker.host import WorkerHost
+from layercast_agent.worker.memory_plan import PAGE_TOKENS, plan_memory
+
+TORCH_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+"""safetensors' names of dtypes."""
+
+REQUESTS_WAITING_MAX = 256
+"""Bound of the engine's queue; gateways keep the long queue."""
+
+STEP_TOKENS_MAX = {"cpu": 192, "cuda": 2048}
+"""Tokens a step, by kind of device: small enough that decodes of the batch are not delayed for long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMemory:
+    """A model on a device: modules, parameter memory, KV cache, and what peers may read of it."""
+
+    manifest: Manifest
+    shape: ModelShape
+    engine: Engine
+    memories: Sequence[DeviceMemory]
+    residency: Residency
+    regions: tuple[RegionRef, ...]
+    host: WorkerHost
+
+    def tensors(self, segment: int) -> Mapping[str, torch.Tensor]:
+        """Views into a segment's memory by parameter name; no copy."""
+        memory = self.memories[segment].tensor
+        return {
+            spec.name: memory[spec.offset : spec.offset + spec.nbytes]
+            .view(TORCH_DTYPES[spec.dtype])
+            .view(spec.shape)
+            for spec in self.manifest.segments[segment].tensors
+        }
+
+    def close(self, *, deadline_s: float) -> None:
+        """Withdraws the copy: watchers go elsewhere, then readers are waited for."""
+        self.host.holdings.remove(self.manifest.digest)
+        for region in self.regions:
+            self.host.table.remove(region.region_id, deadline_s=deadline_s)
+
+
+def build(
+    *,
+    spec: agent_pb2.StartReplicaRequest,
+    manifest: Manifest,
+    files: Mapping[str, bytes],
+    host: WorkerHost,
+) -> ModelMemory:
+    """Plans and allocates; nothing is resident yet. Takes up to seconds: call it off the asyncio thread.
+
+    Raises UnsupportedArchitectureError for the model's fault, DeviceMemoryError for the device's.
+    """
+    shape = shape_of(manifest.config, manifest.dtype)
+    context_length_max = min(spec.context_length_max or shape.context_length_max, shape.context_length_max)
+    batch_size_max = spec.batch_size_max or 16
+    plan = plan_memory(
+        device_bytes=host.settings.device_memory_bytes,
+        parameter_bytes=manifest.nbytes,
+        kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
+        context_length_max=context_length_max,
+        batch_size_max=batch_size_max,
+    )
+    model = LayeredModel(config=manifest.config, shape=shape, device=host.device)
+    engine = Engine(
+        model=model,
+        kv=KVCache(shape, plan.kv_pages, page_size=PAGE_TOKENS, device=host.device),
+        limits=EngineLimits(
+            batch_size_max=batch_size_max,
+            step_tokens_max=STEP_TOKENS_MAX[host.device.type],
+            waiting_max=REQUESTS_WAITING_MAX,
+            context_length_max=context_length_max,
+        ),
+    )
+    memories = [DeviceMemory(segment.nbytes, host.device) for segment in manifest.segments]
+    residency = Residency(manifest)
+    regions = tuple(host.table.add(memory) for memory in memories)
+    host.holdings.add(Holding(manifest=manifest, files=files, residency=residency, regions=regions))
+    return ModelMemory(
+        manifest=manifest,
+        shape=shape,
+        engine=engine,
+        memories=memories,
+        residency=residency,
+        regions=regions,
+        host=host,
+    )

@@ -1,0 +1,87 @@
+"""PeerService of a worker: its residency, and requests that move between replicas."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+
+import grpc
+from grpc import aio
+from layercast.agent.v1alpha1 import agent_pb2
+from layercast.peer.v1alpha1 import peer_pb2 as pb
+from layercast.peer.v1alpha1 import peer_pb2_grpc
+
+from layercast_agent.errors import AgentError
+from layercast_agent.holdings import Holdings
+from layercast_agent.worker.replica import Replica
+
+
+class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
+    """The gRPC face of the worker towards other workers and agents; contracts in peer.proto."""
+
+    def __init__(self, *, holdings: Holdings, replica: Callable[[], Replica | None]) -> None:
+        self._holdings = holdings
+        self._replica = replica
+
+    async def GetManifest(
+        self,
+        request: pb.GetManifestRequest,
+        context: aio.ServicerContext[pb.GetManifestRequest, pb.GetManifestResponse],
+    ) -> pb.GetManifestResponse:
+        return await self._holdings.get_manifest(request, context)
+
+    async def WatchResidency(
+        self,
+        request: pb.WatchResidencyRequest,
+        context: aio.ServicerContext[pb.WatchResidencyRequest, pb.WatchResidencyResponse],
+    ) -> AsyncIterator[pb.WatchResidencyResponse]:
+        async for message in self._holdings.watch_residency(request, context):
+            yield message
+
+    async def StartCooperation(
+        self,
+        request: pb.StartCooperationRequest,
+        context: aio.ServicerContext[pb.StartCooperationRequest, pb.StartCooperationResponse],
+    ) -> pb.StartCooperationResponse:
+        replica = self._replica()
+        if replica is None or replica.spec.digest != request.digest:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another checkpoint is served here")
+        elif replica.state != agent_pb2.REPLICA_STATE_SERVING:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this replica is not serving")
+        else:
+            replica.cooperation.add_target(request.target)
+        return pb.StartCooperationResponse()
+
+    async def OfferHandoffs(
+        self,
+        request: pb.OfferHandoffsRequest,
+        context: aio.ServicerContext[pb.OfferHandoffsRequest, pb.OfferHandoffsResponse],
+    ) -> pb.OfferHandoffsResponse:
+        replica = self._replica()
+        if replica is None:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is here any more")
+            return pb.OfferHandoffsResponse()
+        return await replica.accept_offers(request)
+
+    async def TakeHandoff(
+        self,
+        request: pb.TakeHandoffRequest,
+        context: aio.ServicerContext[pb.TakeHandoffRequest, pb.TakeHandoffResponse],
+    ) -> pb.TakeHandoffResponse:
+        replica = self._replica()
+        try:
+            if replica is not None:
+                return await replica.give(request)
+        except AgentError as error:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
+        await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is here any more")
+        return pb.TakeHandoffResponse()
+
+    async def ReleaseHandoff(
+        self,
+        request: pb.ReleaseHandoffRequest,
+        context: aio.ServicerContext[pb.ReleaseHandoffRequest, pb.ReleaseHandoffResponse],
+    ) -> pb.ReleaseHandoffResponse:
+        replica = self._replica()
+        if replica is not None:
+            await replica.release(request)
+        return pb.ReleaseHandoffResponse()

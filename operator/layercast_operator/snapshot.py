@@ -1,0 +1,292 @@
+"""What was seen: the cluster as plain values, the only input of every decision.
+
+These mirror the wire (`agent.proto`) without importing it, so that planner and policy can be run in tests and
+simulations with worlds made of values. All times are seconds since the epoch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from enum import Enum
+
+
+class ReplicaState(Enum):
+    """What a replica does; names as on the wire."""
+
+    LOADING = "Loading"
+    LIVE = "Live"
+    SERVING = "Serving"
+    DRAINING = "Draining"
+    DRAINED = "Drained"
+    FAILED = "Failed"
+
+
+class WorkerState(Enum):
+    """What the process of a device does."""
+
+    WARMING = "Warming"
+    IDLE = "Idle"
+    ASSIGNED = "Assigned"
+    DEAD = "Dead"
+
+
+class CheckpointState(Enum):
+    """How far a checkpoint is on a node's disk."""
+
+    FETCHING = "Fetching"
+    PACKING = "Packing"
+    READY = "Ready"
+    FAILED = "Failed"
+
+
+class NodeHealth(Enum):
+    """What is known of a node now."""
+
+    FRESH = "Fresh"
+    SILENT = "Silent"
+    """Does not answer: unknown. What it said last is kept; nothing is asked of it."""
+    LOST = "Lost"
+    """Has not answered for so long that its replicas count as gone."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerRef:
+    """How to reach a worker or an agent."""
+
+    peer_id: str
+    address: str
+    data_address: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Transfer:
+    """How parameters arrive at a replica."""
+
+    transfer_id: str
+    generation: int
+    upstream: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    bytes_per_s: int = 0
+    failures: tuple[str, ...] = ()
+    stalled: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timeline:
+    """When what happened to a replica; None means not yet."""
+
+    assigned_at: float | None = None
+    first_segment_at: float | None = None
+    first_layer_at: float | None = None
+    first_token_at: float | None = None
+    complete_at: float | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """One serving copy of a model, as its node told of it."""
+
+    replica_id: str
+    model: str
+    digest: str
+    node: str
+    device_id: str
+    state: ReplicaState
+    peer: PeerRef
+    layers_resident: int = 0
+    layers_total: int = 0
+    transfer: Transfer | None = None
+    requests_waiting: int = 0
+    requests_running: int = 0
+    prompt_tokens_waiting: int = 0
+    kv_pages_used: int = 0
+    kv_pages_total: int = 0
+    prefill_tokens_per_s: float = 0.0
+    handoffs_given: int = 0
+    handoffs_taken: int = 0
+    timeline: Timeline = field(default_factory=Timeline)
+    error: str = ""
+    pending: bool = False
+    """Asked for and not yet seen; occupies its device, has no address."""
+
+    @property
+    def requests(self) -> int:
+        """Requests that it holds."""
+        return self.requests_waiting + self.requests_running
+
+    @property
+    def arriving(self) -> bool:
+        """Its parameters are on their way."""
+        return self.state in {ReplicaState.LOADING, ReplicaState.LIVE}
+
+    @property
+    def active(self) -> bool:
+        """It counts as capacity: it serves, or will."""
+        return self.arriving or self.state is ReplicaState.SERVING
+
+    @property
+    def complete(self) -> bool:
+        """It holds every segment."""
+        return self.state in {ReplicaState.SERVING, ReplicaState.DRAINING, ReplicaState.DRAINED} and (
+            self.layers_total == 0 or self.layers_resident == self.layers_total
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Device:
+    """One accelerator, or one share of the processor."""
+
+    device_id: str
+    memory_bytes: int
+    worker_state: WorkerState
+    replica_id: str = ""
+    error: str = ""
+
+    @property
+    def idle(self) -> bool:
+        """A replica can be started on it now."""
+        return self.worker_state is WorkerState.IDLE and not self.replica_id and not self.error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """What a node knows of one checkpoint."""
+
+    key: str
+    state: CheckpointState
+    digest: str = ""
+    done_bytes: int = 0
+    total_bytes: int = 0
+    error: str = ""
+    segment_bytes: tuple[int, ...] = ()
+    context_length_max: int = 0
+    on_disk: bool = False
+    in_host_memory: bool = False
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Node:
+    """One node, as its agent told of it last."""
+
+    name: str
+    instance_id: str
+    peer: PeerRef
+    devices: tuple[Device, ...] = ()
+    checkpoints: tuple[Checkpoint, ...] = ()
+    replicas: tuple[Replica, ...] = ()
+    egress_bytes_per_s: int = 0
+    """0 means unlimited or unknown."""
+    disk_bytes_per_s: int = 0
+    """0 means not measured."""
+    leaf: str = ""
+    health: NodeHealth = NodeHealth.FRESH
+    polled_at: float = 0.0
+    """When the question was sent whose answer this is: everything before it is included."""
+
+    @property
+    def fresh(self) -> bool:
+        """Something may be asked of it."""
+        return self.health is NodeHealth.FRESH
+
+    @property
+    def lost(self) -> bool:
+        """What it held counts as gone."""
+        return self.health is NodeHealth.LOST
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """Traffic that wants one model, summed over gateways.
+
+    `complete` is False when a gateway is missing from the sums: then they are lower bounds, good enough to grow
+    and no ground to shrink.
+    """
+
+    prompt_tokens_waiting: float
+    requests_waiting: float
+    requests_in_flight: float
+    complete: bool
+    problem: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Everything that a pass knows."""
+
+    at: float
+    nodes: tuple[Node, ...] = ()
+    unseen: tuple[str, ...] = ()
+    """Nodes that have never answered this operator and are not yet given up: they may hold anything."""
+    demand: Mapping[str, Demand] = field(default_factory=dict)
+    """By model; absent means that no gateway tells anything."""
+    demand_problem: str = ""
+    """Why `demand` lacks models, in words."""
+
+    @property
+    def present(self) -> Iterator[Node]:
+        """Nodes that are not lost."""
+        return (node for node in self.nodes if not node.lost)
+
+    def node(self, name: str) -> Node | None:
+        """The node of that name."""
+        return next((node for node in self.nodes if node.name == name), None)
+
+    def replicas(self, model: str | None = None) -> tuple[Replica, ...]:
+        """Replicas on nodes that are not lost, of one model or of all, in order of their ids."""
+        found = (r for node in self.present for r in node.replicas if model is None or r.model == model)
+        return tuple(sorted(found, key=lambda replica: replica.replica_id))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingReplica:
+    """A replica that was asked for and may not be visible yet."""
+
+    replica_id: str
+    model: str
+    digest: str
+    node: str
+    device_id: str
+
+
+def with_pending(snapshot: Snapshot, pending: Iterable[PendingReplica]) -> Snapshot:
+    """The snapshot as it will look once what was asked for is there.
+
+    Without this every pass between a question and its visible effect would ask again.
+    """
+    wanted = {p.replica_id: p for p in pending}
+    for replica in snapshot.replicas():
+        wanted.pop(replica.replica_id, None)
+    if not wanted:
+        return snapshot
+    nodes = tuple(
+        _with_pending(node, [p for p in wanted.values() if p.node == node.name]) for node in snapshot.nodes
+    )
+    return replace(snapshot, nodes=nodes)
+
+
+def _with_pending(node: Node, pending: list[PendingReplica]) -> Node:
+    if not pending:
+        return node
+    by_device = {p.device_id: p.replica_id for p in pending}
+    replicas = tuple(
+        Replica(
+            replica_id=p.replica_id,
+            model=p.model,
+            digest=p.digest,
+            node=p.node,
+            device_id=p.device_id,
+            state=ReplicaState.LOADING,
+            peer=PeerRef(peer_id=p.replica_id, address="", data_address=""),
+            pending=True,
+        )
+        for p in pending
+    )
+    devices = tuple(
+        replace(device, worker_state=WorkerState.ASSIGNED, replica_id=by_device[device.device_id])
+        if device.device_id in by_device
+        else device
+        for device in node.devices
+    )
+    return replace(node, devices=devices, replicas=node.replicas + replicas)
