@@ -120,7 +120,10 @@ def parameters(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
     if family == "qwen3":
         layer |= {"self_attn.q_norm.weight": (head_dim,), "self_attn.k_norm.weight": (head_dim,)}
     if family == "gemma2":
-        layer |= {"pre_feedforward_layernorm.weight": (hidden,), "post_feedforward_layernorm.weight": (hidden,)}
+        layer |= {
+            "pre_feedforward_layernorm.weight": (hidden,),
+            "post_feedforward_layernorm.weight": (hidden,),
+        }
     found: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, hidden)}
     for index in range(config["num_hidden_layers"]):
         found |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}

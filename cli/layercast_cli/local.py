@@ -15,7 +15,6 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -145,12 +144,16 @@ class LocalCluster:
         *,
         deadline_s: float,
         what: str = "get there",
+        seen: Callable[[ServiceStatus | None], None] = lambda _status: None,
     ) -> ServiceStatus:
-        """Waits until `reached` holds of the status; ClusterError when time is up or a process does not
-        stay up."""
+        """Waits until `reached` holds of the status, showing each look to `seen`.
+
+        Raises ClusterError when time is up or a process does not stay up.
+        """
         deadline = time.monotonic() + deadline_s
         while True:
             status = self.status(model)
+            seen(status)
             if status is not None and reached(status):
                 return status
             problem = self.broken()
@@ -161,14 +164,25 @@ class LocalCluster:
             # Another process writes that file: there is nothing to be woken by.
             time.sleep(LOOK_INTERVAL_S)
 
-    def wait_ready(self, model: str, *, deadline_s: float = 120.0, serving: int = 1) -> ServiceStatus:
+    def wait_ready(
+        self,
+        model: str,
+        *,
+        deadline_s: float = 120.0,
+        serving: int = 1,
+        seen: Callable[[ServiceStatus | None], None] = lambda _status: None,
+    ) -> ServiceStatus:
         """Waits until `serving` replicas serve and the gateway offers the model; raises as `wait` does."""
         deadline = time.monotonic() + deadline_s
         what = f"reach {serving} serving replicas"
-        self.wait(model, lambda status: status.serving >= serving, deadline_s=deadline_s, what=what)
+        self.wait(
+            model, lambda status: status.serving >= serving, deadline_s=deadline_s, what=what, seen=seen
+        )
         left = max(1.0, deadline - time.monotonic())
         what = "appear at the gateway"
-        return self.wait(model, lambda _: offers(self.gateway_url, model), deadline_s=left, what=what)
+        return self.wait(
+            model, lambda _: offers(self.gateway_url, model), deadline_s=left, what=what, seen=seen
+        )
 
     def _lay_out(self) -> ClusterLayout:
         settings = self._settings
@@ -202,8 +216,13 @@ class LocalCluster:
             )
 
     def _write_files(self, layout: ClusterLayout) -> None:
-        """The wanted state anew; what an earlier cluster observed goes away, its packed checkpoints stay."""
-        for stale in (*self.state.services.glob("*.yaml"), *self.state.status.glob("*.json")):
+        """The wanted state anew; what an earlier cluster saw and said goes away, its packed checkpoints stay."""
+        state = self.state
+        for stale in (
+            *state.services.glob("*.yaml"),
+            *state.status.glob("*.json"),
+            *state.logs.glob("*.log"),
+        ):
             stale.unlink()
         write_atomic(self.state.token_file, secrets.token_hex(32) + "\n", mode=0o600)
         now = time.time()
@@ -263,11 +282,6 @@ def offers(gateway_url: str, model: str, *, timeout_s: float = 2.0) -> bool:
         return any(each.get("id") == model for each in listed.get("data", []))
     except (urllib.error.URLError, OSError, ValueError, AttributeError):
         return False
-
-
-def state_dir_of(text: str) -> StateDir:
-    """The state folder that a flag names."""
-    return StateDir(root=Path(text).expanduser().absolute())
 
 
 def _last_words(status: ServiceStatus | None) -> str:

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layercast_cli.records import BURST, LOW, REFERENCE, STEADY, DemoRecord, Sample
+from layercast_cli import words
+from layercast_cli.records import BURST, LOW, REFERENCE, STEADY, DemoRecord, RequestRecord, Sample
 from layercast_cli.summary import Summary
 
-RATE_WINDOW_S = 2.0
+RATE_WINDOW_S = 4.0
 LABELS = {REFERENCE: "reference answers", STEADY: "steady", BURST: "burst", LOW: "low demand"}
 
 
@@ -81,11 +82,25 @@ def draw(record: DemoRecord, summary: Summary, *, theme: Theme = LIGHT) -> bytes
     draw_ttft(ttft, record, summary, theme)
     _mark_phases((demand, replicas, ttft), record, theme)
     _mark_scale((demand, replicas, ttft), record, summary, theme)
+    figure.suptitle(title(record, summary), color=theme.ink, fontsize=11.5, x=0.01, ha="left")
     ttft.set_xlabel("seconds since the first request", color=theme.faint)
     ttft.set_xlim(0, max(1.0, record.ended_at - origin(record)))
     picture = io.BytesIO()
     figure.savefig(picture, format="png", facecolor=theme.paper)
     return picture.getvalue()
+
+
+def title(record: DemoRecord, summary: Summary) -> str:
+    """The run in one line."""
+    served = (
+        f"{summary.requests} requests, {len(summary.failed)} failed, {len(summary.mismatched)} wrong answers"
+    )
+    if summary.scale is None:
+        return f"{served}; no scale-up"
+    change = f"{summary.scale.replicas_from} → {summary.scale.replicas_to} replicas"
+    token = words.duration(summary.decision_to_first_token_s)
+    load = words.duration(summary.load_s)
+    return f"{change} under load: {served}. First token after {token}, all layers after {load}."
 
 
 def origin(record: DemoRecord) -> float:
@@ -135,10 +150,9 @@ def draw_replicas(panel: Any, record: DemoRecord, theme: Theme) -> None:
         colour = theme.replicas[place % len(theme.replicas)]
         layers = [float(layers_of(sample, name)) for sample in record.samples]
         top = [low + height for low, height in zip(base, layers, strict=True)]
-        partial = [0 < height < total for height in layers]
         full = [height >= total for height in layers]
+        panel.fill_between(times, base, top, step="post", color=colour, alpha=0.4, linewidth=0)
         panel.fill_between(times, base, top, step="post", where=full, color=colour, alpha=0.85, linewidth=0)
-        panel.fill_between(times, base, top, step="post", where=partial, color=colour, alpha=0.4, linewidth=0)
         _name_band(panel, (times, base, top), full, _short(record.samples, name), theme)
         base = top
     most = max(record.wanted_replicas, 1)
@@ -146,7 +160,7 @@ def draw_replicas(panel: Any, record: DemoRecord, theme: Theme) -> None:
         [total * number for number in range(most + 1)],
         ["0", *(f"{number} × {total}" for number in range(1, most + 1))],
     )
-    panel.set_ylim(0, max([total * most, *base]) * 1.22)
+    panel.set_ylim(0, max([total * most, *base]) * 1.4)
     panel.set_ylabel("layers resident", color=theme.faint)
 
 
@@ -167,24 +181,21 @@ def draw_ttft(panel: Any, record: DemoRecord, summary: Summary, theme: Theme) ->
     """One dot a request, at the moment it was sent; failures and wrong answers as crosses."""
     zero = origin(record)
     start, end = summary.window or (record.ended_at, record.ended_at)
-    groups = (
-        ("at rest", theme.grid, lambda each: each.phase == REFERENCE),
-        ("before", theme.before, lambda each: each.phase != REFERENCE and each.sent_at < start),
-        ("during scale-up", theme.during, lambda each: start <= each.sent_at < end),
-        ("after", theme.after, lambda each: each.phase != REFERENCE and each.sent_at >= end),
-    )
-    for label, colour, belongs in groups:
-        dots = [each for each in record.requests if each.ttft_s is not None and belongs(each)]
-        if dots:
-            panel.scatter(
-                [each.sent_at - zero for each in dots],
-                [each.ttft_s for each in dots],
-                s=20,
-                color=theme.queue if label == "at rest" else colour,
-                alpha=0.45 if label == "at rest" else 0.8,
-                linewidths=0,
-                label=label,
-            )
+    groups: dict[str, list[RequestRecord]] = {"at rest": [], "before": [], "during scale-up": [], "after": []}
+    for each in record.requests:
+        if each.ttft_s is not None:
+            groups[_group(each, start, end)].append(each)
+    colours = (theme.queue, theme.before, theme.during, theme.after)
+    for (label, dots), colour in zip(groups.items(), colours, strict=True):
+        panel.scatter(
+            [each.sent_at - zero for each in dots],
+            [each.ttft_s for each in dots],
+            s=20,
+            color=colour,
+            alpha=0.45 if label == "at rest" else 0.8,
+            linewidths=0,
+            label=label if dots else None,
+        )
     bad = [*summary.failed, *summary.mismatched]
     if bad:
         values = [each.ttft_s if each.ttft_s is not None else each.ended_at - each.sent_at for each in bad]
@@ -197,6 +208,14 @@ def draw_ttft(panel: Any, record: DemoRecord, summary: Summary, theme: Theme) ->
             loc="upper left", ncols=5, frameon=False, labelcolor=theme.ink, fontsize=9, handletextpad=0.2
         )
         panel.set_ylim(0, panel.get_ylim()[1] * 1.15)
+
+
+def _group(request: RequestRecord, start: float, end: float) -> str:
+    if request.phase == REFERENCE:
+        return "at rest"
+    if request.sent_at < start:
+        return "before"
+    return "during scale-up" if request.sent_at < end else "after"
 
 
 def _mark_phases(panels: Sequence[Any], record: DemoRecord, theme: Theme) -> None:
@@ -229,7 +248,7 @@ def _mark_scale(panels: Sequence[Any], record: DemoRecord, summary: Summary, the
     if first is not None and first.first_token_at is not None:
         events.append((first.first_token_at, ":", "first token of a new replica"))
     if first is not None and first.complete_at is not None:
-        events.append((first.complete_at, "--", "complete"))
+        events.append((first.complete_at, "--", "first new replica complete"))
     for place, (at, style, label) in enumerate(events):
         for panel in panels:
             panel.axvline(at - zero, color=theme.mark, linewidth=1.1, linestyle=style, alpha=0.9)
@@ -241,6 +260,7 @@ def _mark_scale(panels: Sequence[Any], record: DemoRecord, summary: Summary, the
             color=theme.mark,
             fontsize=8.5,
             va="top",
+            bbox={"facecolor": theme.burst, "edgecolor": "none", "alpha": 0.85, "pad": 1},
         )
 
 
@@ -251,21 +271,20 @@ def _name_band(
     name: str,
     theme: Theme,
 ) -> None:
-    """Writes a replica's name into the middle of the time in which it is complete."""
+    """Writes a replica's name where it becomes complete."""
     times, base, top = band
-    inside = [place for place, complete in enumerate(full) if complete]
-    if not inside:
+    start = next((place for place, complete in enumerate(full) if complete), None)
+    if start is None:
         return
-    middle = inside[len(inside) // 2]
-    panel.text(
-        times[middle],
-        (base[middle] + top[middle]) / 2,
+    panel.annotate(
         name,
+        (times[start], (base[start] + top[start]) / 2),
+        xytext=(8, 0),
+        textcoords="offset points",
         color=theme.paper,
-        ha="center",
         va="center",
         fontsize=9,
-        clip_on=True,
+        annotation_clip=False,
     )
 
 

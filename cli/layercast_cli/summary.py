@@ -94,11 +94,7 @@ def scale_ups(record: DemoRecord) -> list[Scale]:
 
 def earliest(replicas: Sequence[ScaleReplica]) -> ScaleReplica | None:
     """The new replica whose first token came first; without tokens the one that was assigned first."""
-    return min(
-        replicas,
-        key=lambda each: (each.first_token_at or math.inf, each.assigned_at or math.inf),
-        default=None,
-    )
+    return min(replicas, key=_first_activity, default=None)
 
 
 def scale_window(record: DemoRecord, scales: Sequence[Scale]) -> tuple[float, float] | None:
@@ -149,16 +145,16 @@ def problems(record: DemoRecord, summary: Summary) -> list[str]:
         found.append(f"{words.count(len(summary.failed), 'request')} failed, the first with: {example.error}")
     if summary.mismatched:
         example = summary.mismatched[0]
+        expected = record.reference[example.prompt]
         found.append(
-            f"{words.count(len(summary.mismatched), 'answer')} differ from the single replica's, first that of "
-            f"request {example.index}: {example.text!r} instead of {record.reference[example.prompt]!r}"
+            f"{words.count(len(summary.mismatched), 'answer')} differed from the single replica's, first that "
+            f"of request {example.index}: {example.text!r} instead of {expected!r}"
         )
     if summary.scale is None:
         found.append("the scale-up did not happen: the policy decided for no new replica")
     elif summary.replicas_max < record.wanted_replicas:
-        found.append(
-            f"the scale-up did not end: at most {summary.replicas_max} of {record.wanted_replicas} replicas served"
-        )
+        reached = f"at most {summary.replicas_max} of {record.wanted_replicas} replicas served"
+        found.append(f"the scale-up did not end: {reached}")
     return found
 
 
@@ -184,6 +180,10 @@ def result(record: DemoRecord, summary: Summary) -> dict[str, Any]:
         "problems": problems(record, summary),
         "settings": dict(record.settings),
     }
+
+
+def _first_activity(replica: ScaleReplica) -> tuple[float, float]:
+    return replica.first_token_at or math.inf, replica.assigned_at or math.inf
 
 
 def _latency_ms(group: Latency) -> dict[str, Any]:

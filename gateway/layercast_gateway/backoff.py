@@ -12,9 +12,7 @@ from collections.abc import Callable
 class Backoff:
     """Pauses in seconds. `chance` returns a number in [0, 1); tests pass their own."""
 
-    def __init__(
-        self, *, first_s: float, most_s: float, chance: Callable[[], float] = random.random
-    ) -> None:
+    def __init__(self, *, first_s: float, most_s: float, chance: Callable[[], float] = random.random) -> None:
         self._first_s = first_s
         self._most_s = most_s
         self._chance = chance

@@ -293,7 +293,9 @@ def _prompts(prompt: str | list[Any]) -> tuple[str | tuple[int, ...], ...]:
     if _are_ids(prompt):
         return (tuple(prompt),)
     if len(prompt) > PROMPTS_MAX:
-        raise ClientError(f"`prompt` has {len(prompt)} prompts; at most {PROMPTS_MAX} are allowed.", param="prompt")
+        raise ClientError(
+            f"`prompt` has {len(prompt)} prompts; at most {PROMPTS_MAX} are allowed.", param="prompt"
+        )
     prompts: list[str | tuple[int, ...]] = []
     for index, entry in enumerate(prompt):
         if isinstance(entry, str):

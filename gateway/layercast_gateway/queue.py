@@ -66,3 +66,23 @@ class RequestQueue:
     def ids(self) -> tuple[str, ...]:
         """All waiting requests in order."""
         return tuple(request_id for _, request_id in self._order)
+
+
+class Admission:
+    """Places in a model's queue for requests that are still being read."""
+
+    def __init__(self, queue: RequestQueue, places: int) -> None:
+        queue.reserve(places)
+        self._queue = queue
+        self._left = places
+
+    def use(self) -> None:
+        """One of the places is taken by a real request now."""
+        assert self._left > 0, "places are reserved before"
+        self._left -= 1
+        self._queue.release(1)
+
+    def close(self) -> None:
+        """Gives back the places that were not used."""
+        self._queue.release(self._left)
+        self._left = 0

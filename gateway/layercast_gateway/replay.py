@@ -245,7 +245,7 @@ def _on_accepted(state: RequestState, *, address: str) -> None:
 def _on_tokens(state: RequestState, *, address: str, tokens: engine_pb2.Tokens) -> list[Instruction]:
     have = len(state.tokens)
     if tokens.position > have:
-        return _replay(state, f"tokens {have} to {tokens.position - 1} are missing", fault=False)
+        return _replay(state, f"tokens {have} to {tokens.position - 1} are missing")
     fresh = tuple(tokens.token_ids[have - tokens.position :])
     logprobs = tuple(tokens.logprobs[have - tokens.position :])
     if not fresh:
@@ -258,7 +258,7 @@ def _on_tokens(state: RequestState, *, address: str, tokens: engine_pb2.Tokens) 
     deliver = Deliver(taken, logprobs[: len(taken)])
     if end is None:
         return [deliver]
-    return [deliver, *_leave(state, Phase.ENDED, silent=address), End(end)]
+    return [*_leave(state, Phase.ENDED, silent=address), deliver, End(end)]
 
 
 def _until_end(state: RequestState, fresh: Sequence[int]) -> tuple[tuple[int, ...], EndReason | None]:
@@ -278,7 +278,7 @@ def _until_end(state: RequestState, fresh: Sequence[int]) -> tuple[tuple[int, ..
 def _on_finished(state: RequestState, *, address: str, reason: int) -> list[Instruction]:
     if reason == engine_pb2.FINISH_REASON_CANCELLED:
         # Nobody here cancelled this attempt: the worker gave up on a broken stream.
-        return _replay(state, "the worker cancelled it", fault=False)
+        return _replay(state, "the worker cancelled it")
     end = EndReason.STOP if reason == engine_pb2.FINISH_REASON_STOP else EndReason.LENGTH
     return [*_leave(state, Phase.ENDED, silent=address), End(end)]
 
@@ -287,11 +287,11 @@ def _on_failed(state: RequestState, *, address: str, failed: engine_pb2.Failed) 
     if failed.client_fault:
         error = ClientError(failed.message, code="rejected_by_replica")
         return [*_leave(state, Phase.ENDED, silent=address), Fail(error)]
-    return _replay(state, f"it failed: {failed.message}", fault=True, refused_by=address)
+    return _replay(state, f"it failed: {failed.message}", refused_by=address)
 
 
 def _replay(
-    state: RequestState, reason: str, *, fault: bool, refused_by: str | None = None
+    state: RequestState, reason: str, *, fault: bool = True, refused_by: str | None = None
 ) -> list[Instruction]:
     state.faults += fault
     if state.faults >= FAULTS_MAX:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from typing import Any, NoReturn
 
 from layercast_gateway.errors import SettingsError
@@ -58,7 +58,13 @@ class Settings:
         split_address(self.listen, flag="--listen")
         if split_address(self.operator, flag="--operator")[1] == 0:
             raise SettingsError(f"--operator {self.operator}: the port must not be 0.")
-        for name in ("queue_requests_max", "window_requests", "request_deadline_s", "accept_timeout_s", "silence_s"):
+        for name in (
+            "queue_requests_max",
+            "window_requests",
+            "request_deadline_s",
+            "accept_timeout_s",
+            "silence_s",
+        ):
             _at_least(self, name, least=0, above=True)
         for name in ("no_replica_wait_s", "drain_grace_s"):
             _at_least(self, name, least=0)
@@ -84,7 +90,9 @@ def from_arguments(arguments: Sequence[str], environment: Mapping[str, str] = os
     """Settings from flags and, for those not given, from LAYERCAST_<FLAG>; SettingsError when one is wrong."""
     parser = _Parser(prog="layercast-gateway", description="OpenAI-compatible gateway of Layercast.")
     for setting in fields(Settings):
-        parser.add_argument(flag_of(setting.name), dest=setting.name, metavar=setting.name.upper())
+        parser.add_argument(
+            flag_of(setting.name), dest=setting.name, metavar=setting.name.upper(), help=_help(setting)
+        )
     given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
     values: dict[str, Any] = {}
     for setting in fields(Settings):
@@ -106,9 +114,15 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; --help lists the flags.")
 
 
+def _help(setting: Field[Any]) -> str:
+    return "required" if setting.default is MISSING else f"default {setting.default}"
+
+
 def _convert(name: str, kind: str, text: str) -> str | int | float:
     try:
-        return {"str": str, "int": int, "float": float}[kind](text)
+        if kind == "int":
+            return int(text)
+        return float(text) if kind == "float" else text
     except ValueError as error:
         raise SettingsError(f"{flag_of(name)} {text!r} is not a number.") from error
 
@@ -122,4 +136,6 @@ def _at_least(settings: Settings, name: str, *, least: float, above: bool = Fals
 
 def _one_of(settings: Settings, name: str, allowed: tuple[str, ...]) -> None:
     if getattr(settings, name) not in allowed:
-        raise SettingsError(f"{flag_of(name)} is {getattr(settings, name)!r}; it must be one of {', '.join(allowed)}.")
+        raise SettingsError(
+            f"{flag_of(name)} is {getattr(settings, name)!r}; it must be one of {', '.join(allowed)}."
+        )

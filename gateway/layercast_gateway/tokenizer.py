@@ -56,7 +56,7 @@ def _tojson(
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)  # noqa: DTZ005 templates mean the local day
+    return datetime.datetime.now().strftime(pattern)  # the local day, as templates expect
 
 
 def _environment() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
@@ -151,7 +151,10 @@ class ModelText:
         for name in ("generation_config.json", "config.json"):
             config = _json_file(files, name)
             inner = config.get("text_config")
-            for ids in (config.get("eos_token_id"), inner.get("eos_token_id") if isinstance(inner, dict) else None):
+            for ids in (
+                config.get("eos_token_id"),
+                inner.get("eos_token_id") if isinstance(inner, dict) else None,
+            ):
                 found.update(i for i in (ids if isinstance(ids, list) else [ids]) if isinstance(i, int))
         if (text := self._special_texts.get("eos_token")) is not None:
             token_id = self._tokenizer.token_to_id(text)

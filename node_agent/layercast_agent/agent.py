@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +24,9 @@ from layercast.worker.v1alpha1 import worker_pb2
 
 from layercast_agent.checkpoints import Checkpoints
 from layercast_agent.errors import PeerError
+from layercast_agent.health import DEFAULT_LIMITS, WorkerLimits
 from layercast_agent.peer_manifest import fetch_manifest
-from layercast_agent.settings import AgentSettings
+from layercast_agent.settings import AgentSettings, device_slots
 from layercast_agent.workers import CommandError, Worker, WorkerLostError
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,9 @@ class CommandDeadlines:
     """Freeing the device; waits for peers that still read from it. The worker is killed after it."""
 
 
+DEFAULT_DEADLINES = CommandDeadlines()
+
+
 @dataclass(slots=True, kw_only=True)
 class _Assignment:
     """A device that is taken: from the moment of choosing it until it is free again."""
@@ -68,11 +72,15 @@ class Agent:
         self,
         *,
         settings: AgentSettings,
-        workers: Sequence[Worker],
         checkpoints: Checkpoints,
-        deadlines: CommandDeadlines = CommandDeadlines(),
+        limits: WorkerLimits = DEFAULT_LIMITS,
+        deadlines: CommandDeadlines = DEFAULT_DEADLINES,
     ) -> None:
-        self.workers = tuple(workers)
+        """Makes the workers of all devices; the caller runs and closes them."""
+        self.workers = tuple(
+            Worker(slot=slot, settings=settings, limits=limits, on_death=self._worker_died)
+            for slot in device_slots(settings)
+        )
         self.checkpoints = checkpoints
         self.peer = peer_pb2.Peer(peer_id=settings.node)
         self.disk_bytes_per_s = 0
@@ -137,13 +145,15 @@ class Agent:
         try:
             await assignment.worker.begin_drain(drain, deadline_s=self._deadlines.command_s)
         except WorkerLostError as error:
-            log.info("a replica to drain is gone", extra={"replica": request.replica_id, "reason": str(error)})
+            log.info(
+                "a replica to drain is gone", extra={"replica": request.replica_id, "reason": str(error)}
+            )
 
     async def stop_replica(self, replica_id: str) -> None:
         """AgentService.StopReplica; afterwards its device is free, by the worker's death if need be."""
         await self._to_its_end(self._stop(replica_id))
 
-    def worker_died(self, device_id: str, reason: str, replica: pb.Replica | None) -> None:
+    def _worker_died(self, device_id: str, reason: str, replica: pb.Replica | None) -> None:
         """Called by a worker for each life that ended: what it held is lost, and stays visible as failed."""
         for replica_id, assignment in list(self._assignments.items()):
             # One that is still being assigned learns of it by its own call to the worker.
@@ -176,7 +186,9 @@ class Agent:
         states = {d.device_id: pb.WorkerState.Name(d.worker_state) for d in map(self._device, self.workers)}
         if device_id and device_id not in states:
             return f"there is no device {device_id} here, only {', '.join(states)}"
-        found = ", ".join(f"{name} is {state.removeprefix('WORKER_STATE_')}" for name, state in states.items())
+        found = ", ".join(
+            f"{name} is {state.removeprefix('WORKER_STATE_')}" for name, state in states.items()
+        )
         return f"no idle worker: {found}"
 
     async def _assign(self, request: pb.StartReplicaRequest, worker: Worker) -> None:

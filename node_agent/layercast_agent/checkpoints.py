@@ -9,26 +9,26 @@ Peers read the packed files through the page cache: a region is a view into the 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import queue
 import threading
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import grpc
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 
 from layercast_agent.checkpoint_files import PackedCheckpoint
-from layercast_agent.errors import AgentError, CheckpointError
+from layercast_agent.errors import AgentError, CheckpointError, NoCapacityError
 from layercast_agent.holdings import Holding, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
-from layercast_agent.store import Progress, Store
+from layercast_agent.sources import parse_source
+from layercast_agent.store import Phase, Progress, Store
 from layercast_agent.workers import CommandError
 
 log = logging.getLogger(__name__)
@@ -38,6 +38,11 @@ WAITING_MAX = 64
 
 PROBE_BYTES = 16 * 1024 * 1024
 """Size of the disk probe: large enough to leave a disk's start-up behind, small enough for a slow one."""
+
+PROBE_BLOCK_BYTES = 1024 * 1024
+
+RELEASE_S = 1.0
+"""How long a peer may finish reading a chunk when the agent ends."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,23 +55,6 @@ class Wanted:
     dtype: str
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentFile:
-    """One segment of a packed checkpoint as memory that peers may read."""
-
-    packed: PackedCheckpoint
-    segment: int
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the segment."""
-        return self.packed.manifest.segments[self.segment].nbytes
-
-    def view(self, offset: int, nbytes: int) -> memoryview:
-        """Bytes of the segment's data section, zero copy."""
-        return self.packed.view(self.segment, offset, nbytes)
-
-
 class Checkpoints:
     """What this node's disk holds and prepares. Thread-safe."""
 
@@ -77,30 +65,183 @@ class Checkpoints:
         self._lock = threading.Lock()
         self._wanted: dict[str, Wanted] = {}
         self._known: dict[str, pb.Checkpoint] = {}  # by key
-        self._found: dict[str, pb.Checkpoint] = {}  # by digest: on disk at start, keys not asked for yet
+        self._found: dict[str, pb.Checkpoint] = {}  # by digest: on disk at start
+        self._closed = False
         self._packed: dict[str, PackedCheckpoint] = {}
-        self._queue: queue.Queue[Wanted | None] = queue.Queue(WAITING_MAX)
+        self._queue: queue.Queue[Wanted] = queue.Queue(WAITING_MAX)
         # A daemon: a download that hangs must not keep the process from ending. Packing is atomic on disk.
         self._thread = threading.Thread(target=self._prepare_all, name="prepare", daemon=True)
 
     def start(self) -> None:
-        """Opens what the disk holds, then takes orders. Blocking; a broken copy is reported, not fatal."""
-        for digest, manifest in self._store.manifests().items():
-            status = self._ready("", manifest)
-            try:
-                self._hold(manifest)
-            except (CheckpointError, OSError) as error:
-                log.warning("a checkpoint on disk is unusable", extra={"digest": digest, "reason": str(error)})
-                status = pb.Checkpoint(digest=digest, state=pb.CHECKPOINT_STATE_FAILED, error=str(error))
-            self._found[digest] = status
+        """Opens what the disk holds, then takes orders. Blocking; a damaged copy is reported, not fatal."""
+        for manifest in self._store.manifests().values():
+            self._found[manifest.digest] = self._offer("", manifest)
         self._thread.start()
 
     def close(self) -> None:
-        """Takes no more orders and withdraws all copies. Does not wait for one that is being prepared."""
+        """Withdraws all copies and takes no more orders. Does not wait for the one that is being prepared."""
         with self._lock:
             packed, self._packed = self._packed, {}
-        for digest in packed:
+            self._closed = True
+        for digest, checkpoint in packed.items():
+            held = self._holdings.get(digest)
             self._holdings.remove(digest)
+            with contextlib.suppress(
+                NoCapacityError
+            ):  # a peer still reads: the mapping ends with the process
+                for region in held.regions if held is not None else ():
+                    self._regions.remove(region.region_id, deadline_s=RELEASE_S)
+                checkpoint.close()
 
     def prepare(self, wanted: Wanted) -> None:
         """AgentService.PrepareCheckpoint; returns at once. CommandError with a code of its table."""
+        if not wanted.key:
+            raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, "key is missing")
+        try:
+            parse_source(wanted.source, wanted.revision)
+        except CheckpointError as error:
+            raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, str(error)) from error
+        with self._lock:
+            known = self._known.get(wanted.key)
+            if known is not None and known.state != pb.CHECKPOINT_STATE_FAILED:
+                if self._wanted[wanted.key] != wanted:
+                    text = f"key {wanted.key!r} stands for {self._wanted[wanted.key]}"
+                    raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, text)
+                return
+            try:
+                self._queue.put_nowait(wanted)
+            except queue.Full:
+                text = f"{WAITING_MAX} checkpoints wait to be prepared already"
+                raise CommandError(grpc.StatusCode.RESOURCE_EXHAUSTED, text) from None
+            self._wanted[wanted.key] = wanted
+            self._known[wanted.key] = pb.Checkpoint(key=wanted.key, state=pb.CHECKPOINT_STATE_FETCHING)
+
+    def statuses(self) -> list[pb.Checkpoint]:
+        """All that is known: by key, then what was found on disk and nobody has asked for since."""
+        with self._lock:
+            named = {checkpoint.digest for checkpoint in self._known.values()}
+            return [*self._known.values(), *(c for c in self._found.values() if c.digest not in named)]
+
+    def held(self, digest: str) -> Holding | None:
+        """The complete copy on this node's disk, if there is one."""
+        return self._holdings.get(digest)
+
+    def folder(self, digest: str) -> Path:
+        """Where a copy that is held lies."""
+        return self._store.folder(digest)
+
+    def _prepare_all(self) -> None:
+        while True:
+            wanted = self._queue.get()
+            self._set(self._prepare(wanted))
+
+    def _prepare(self, wanted: Wanted) -> pb.Checkpoint:
+        """One checkpoint from order to end; returns what became of it."""
+        log.info("a checkpoint is being prepared", extra={"key": wanted.key, "source": wanted.source})
+        began = time.monotonic()
+        try:
+            manifest = self._store.prepare(
+                key=wanted.key,
+                source=wanted.source,
+                revision=wanted.revision,
+                dtype=wanted.dtype,
+                progress=lambda progress: self._set(_under_way(wanted.key, progress)),
+            )
+        except AgentError as error:
+            log.warning("a checkpoint failed", extra={"key": wanted.key, "reason": str(error)})
+            return _failed(wanted.key, str(error))
+        except Exception as error:  # a bug must not end the thread that all later checkpoints need
+            log.exception("preparing a checkpoint broke", extra={"key": wanted.key})
+            return _failed(wanted.key, f"{type(error).__name__}: {error}")
+        took_s = round(time.monotonic() - began, 3)
+        log.info(
+            "a checkpoint is packed", extra={"key": wanted.key, "digest": manifest.digest, "took_s": took_s}
+        )
+        return self._offer(wanted.key, manifest)
+
+    def _offer(self, key: str, manifest: Manifest) -> pb.Checkpoint:
+        """Lets peers read a packed checkpoint; returns its status, failed when its files are damaged."""
+        try:
+            self._hold(manifest)
+        except (CheckpointError, OSError) as error:
+            log.warning(
+                "a checkpoint on disk is unusable", extra={"digest": manifest.digest, "reason": str(error)}
+            )
+            return _failed(key, str(error))
+        return _ready(key, manifest)
+
+    def _hold(self, manifest: Manifest) -> None:
+        """Opens the packed files as regions; a digest that is held already is left alone (two keys, one content)."""
+        with self._lock:
+            if self._closed or manifest.digest in self._packed:
+                return
+        files = self._store.files(manifest.digest)
+        packed = PackedCheckpoint(self._store.folder(manifest.digest))
+        with self._lock:
+            self._packed[manifest.digest] = packed
+        self._holdings.add(
+            Holding(
+                manifest=manifest,
+                files=files,
+                residency=Residency(manifest, complete=True),
+                regions=tuple(self._regions.add(packed.segment(s.index)) for s in manifest.segments),
+            )
+        )
+
+    def _set(self, checkpoint: pb.Checkpoint) -> None:
+        with self._lock:
+            self._known[checkpoint.key] = checkpoint
+
+
+def measure_disk(folder: Path) -> int:
+    """Read rate of the disk below `folder` in bytes per second, by writing and reading a probe. Blocking.
+
+    The kernel is asked to forget the probe before it is read. Where it does not (a file system in memory), the
+    rate is that of memory, which is also what a later read would see. 0 when the probe cannot be written.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        with probe.open("wb", buffering=0) as file:
+            for _ in range(PROBE_BYTES // PROBE_BLOCK_BYTES):
+                file.write(os.urandom(PROBE_BLOCK_BYTES))
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        began = time.perf_counter()
+        with probe.open("rb", buffering=0) as file:
+            while file.read(PROBE_BLOCK_BYTES):
+                pass
+        return int(PROBE_BYTES / (time.perf_counter() - began))
+    except OSError as error:
+        log.warning(
+            "the disk's speed cannot be measured", extra={"folder": str(folder), "reason": str(error)}
+        )
+        return 0
+    finally:
+        probe.unlink(missing_ok=True)
+
+
+def _under_way(key: str, progress: Progress) -> pb.Checkpoint:
+    packing = progress.phase is Phase.PACKING
+    return pb.Checkpoint(
+        key=key,
+        state=pb.CHECKPOINT_STATE_PACKING if packing else pb.CHECKPOINT_STATE_FETCHING,
+        done_bytes=progress.done_bytes,
+        total_bytes=progress.total_bytes,
+    )
+
+
+def _failed(key: str, error: str) -> pb.Checkpoint:
+    return pb.Checkpoint(key=key, state=pb.CHECKPOINT_STATE_FAILED, error=error)
+
+
+def _ready(key: str, manifest: Manifest) -> pb.Checkpoint:
+    return pb.Checkpoint(
+        key=key,
+        digest=manifest.digest,
+        state=pb.CHECKPOINT_STATE_READY,
+        done_bytes=manifest.nbytes,
+        total_bytes=manifest.nbytes,
+        segment_bytes=[segment.nbytes for segment in manifest.segments],
+        context_length_max=int(manifest.config.get("max_position_embeddings", 0)),
+        on_disk=True,
+    )

@@ -42,6 +42,9 @@ class WorkerLimits:
     """A log that is larger when a worker starts is moved aside (one older file is kept)."""
 
 
+DEFAULT_LIMITS = WorkerLimits()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """What a living process is taken for."""

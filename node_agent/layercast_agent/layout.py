@@ -172,6 +172,8 @@ def plan_segments(tensors: Mapping[str, tuple[str, tuple[int, ...]]], layers: in
     not on its order. CheckpointError for a tensor that belongs nowhere, has no elements or an unusable dtype, and
     for a segment that would be empty.
     """
+    if layers < 1:
+        raise CheckpointError(f"a model of {layers} layers is none")
     members: list[list[str]] = [[] for _ in range(layers + 2)]
     for name in tensors:
         members[segment_index(name, layers)].append(name)
@@ -256,30 +258,45 @@ def _parse(content: Any) -> Manifest:
         raise CheckpointError(f"format {content['format']!r} is not {FORMAT!r}")
     recorded = content["segments"]
     tensors = {
-        tensor["name"]: (tensor["dtype"], tuple(tensor["shape"]))
+        tensor["name"]: (tensor["dtype"], _integers(tensor["shape"]))
         for segment in recorded
         for tensor in segment["tensors"]
     }
-    chunk_bytes = content["chunk_bytes"]
-    if not isinstance(chunk_bytes, int) or chunk_bytes < 1:
-        raise CheckpointError(f"chunk_bytes {chunk_bytes!r} is not a positive number")
+    (chunk_bytes,) = _integers([content["chunk_bytes"]])
+    if chunk_bytes < 1:
+        raise CheckpointError(f"chunk_bytes {chunk_bytes} is not positive")
     segments = []
     for plan, said in zip(plan_segments(tensors, len(recorded) - 2), recorded, strict=True):
-        crcs = tuple(said["chunk_crc32"])
+        crcs = _integers(said["chunk_crc32"])
         if len(crcs) != chunk_count(plan.nbytes, chunk_bytes):
             raise CheckpointError(
                 f"segment {plan.name} has {len(crcs)} chunk checksums for {plan.nbytes} bytes"
             )
-        segments.append(replace(plan, chunk_crc32=crcs, checksum=said["checksum"]))
+        (checksum,) = _integers([said["checksum"]])
+        segments.append(replace(plan, chunk_crc32=crcs, checksum=checksum))
     return Manifest(
         digest=content["digest"],
         chunk_bytes=chunk_bytes,
         dtype=content["dtype"],
         segments=tuple(segments),
         config=content["config"],
-        file_names=tuple(file["name"] for file in content["files"]),
+        file_names=tuple(_file_name(file["name"]) for file in content["files"]),
         file_sha256=tuple(file["sha256"] for file in content["files"]),
     )
+
+
+def _integers(values: Any) -> tuple[int, ...]:
+    # JSON also has true and 1.0, which compare equal to 1.
+    if not isinstance(values, list) or any(type(value) is not int for value in values):
+        raise CheckpointError(f"{values!r} are not whole numbers")
+    return tuple(values)
+
+
+def _file_name(name: str) -> str:
+    """Small files lie in one folder: a manifest from elsewhere must not name others."""
+    if not name or name.startswith(".") or "/" in name or "\0" in name:
+        raise CheckpointError(f"{name!r} is not the name of a small file")
+    return name
 
 
 def _hashes(manifest: Manifest) -> Iterable[str]:

@@ -12,6 +12,7 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
+from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
@@ -138,14 +139,100 @@ def _pack_segment(
     chunk_bytes: int,
     wrote: Callable[[int], None],
 ) -> SegmentSpec:
-    with (folder / segment_file(plan.index)).open("wb", buffering=0) as raw:
-        file = _Whole(raw)
-        file.write(memoryview(packed_header(plan)))
+    with (folder / segment_file(plan.index)).open("wb") as file:
+        file.write(packed_header(plan))
         writer = _ChunkWriter(file, chunk_bytes=chunk_bytes, wrote=wrote)
         for tensor in plan.tensors:
             writer.write(memoryview(bytes(tensor.offset - writer.position)))
             for block in _converted(tensors[tensor.name], tensor.dtype):
                 writer.write(block)
         sealed = writer.finish(plan)
-        os.fsync(raw.fileno())
+        file.flush()
+        os.fsync(file.fileno())
     return sealed
+
+
+def _converted(stored: StoredTensor, dtype: str) -> Iterator[memoryview]:
+    position = stored.offset
+    for block in _blocks(stored):
+        try:
+            yield convert(block, source=stored.dtype, target=dtype)
+        except OverflowError as error:
+            raise CheckpointError(
+                str(error), file=stored.file, tensor=stored.name, offset_bytes=position
+            ) from error
+        position += len(block)
+
+
+def _blocks(stored: StoredTensor) -> Iterator[memoryview]:
+    """The tensor's bytes in order; a block is valid until the next one is asked for."""
+    buffer = memoryview(bytearray(min(READ_BYTES, stored.nbytes)))
+    done = 0
+    try:
+        with stored.file.open("rb", buffering=0) as file:
+            file.seek(stored.offset)
+            while done < stored.nbytes:
+                block = buffer[: min(len(buffer), stored.nbytes - done)]
+                _read_full(file, block, stored, done)
+                yield block
+                done += len(block)
+    except OSError as error:
+        raise CheckpointError(
+            f"cannot be read: {error.strerror}",
+            file=stored.file,
+            tensor=stored.name,
+            offset_bytes=stored.offset + done,
+        ) from error
+
+
+def _read_full(file: RawIOBase, block: memoryview, stored: StoredTensor, done: int) -> None:
+    filled = 0
+    while filled < len(block):
+        count = file.readinto(block[filled:])
+        if not count:
+            raise CheckpointError(
+                "the file became shorter while it was read",
+                file=stored.file,
+                tensor=stored.name,
+                offset_bytes=stored.offset + done + filled,
+            )
+        filled += count
+
+
+def _check_equal(one: StoredTensor, other: StoredTensor) -> None:
+    position = 0
+    for left, right in zip(_blocks(one), _blocks(other), strict=True):
+        if left != right:
+            raise CheckpointError(
+                f"config.json ties it to {one.name}, but their values differ",
+                file=other.file,
+                tensor=other.name,
+                offset_bytes=other.offset + position,
+            )
+        position += len(left)
+
+
+def _dtype_word(dtype: str, tensors: Mapping[str, StoredTensor]) -> str:
+    words = {name: word for word, name in DTYPE_NAMES.items()}
+    sums: dict[str, int] = {}
+    for tensor in tensors.values():
+        if tensor.dtype not in ITEM_BYTES:
+            raise CheckpointError(
+                f"dtype {tensor.dtype} cannot be served; {', '.join(ITEM_BYTES)} can",
+                file=tensor.file,
+                tensor=tensor.name,
+                offset_bytes=tensor.offset,
+            )
+        sums[tensor.dtype] = sums.get(tensor.dtype, 0) + tensor.nbytes
+    if dtype:
+        if dtype not in words:
+            raise CheckpointError(f"dtype {dtype!r} is none of {', '.join(words)}")
+        return words[dtype]
+    return max(sums, key=lambda word: (sums[word], word))
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())

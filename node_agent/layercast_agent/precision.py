@@ -21,9 +21,9 @@ def convert(data: Bytes, *, source: str, target: str) -> memoryview:
         return memoryview(data).cast("B")
     wide = _widen(data, source)
     if target == "F32":
-        return memoryview(wide).cast("B")
+        return wide.data.cast("B")
     narrow = _to_bfloat16(wide) if target == "BF16" else _to_float16(wide)
-    return memoryview(narrow).cast("B")
+    return narrow.data.cast("B")
 
 
 def _widen(data: Bytes, source: str) -> npt.NDArray[np.float32]:
@@ -40,7 +40,7 @@ def _to_bfloat16(wide: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     bits = wide.view("<u4")
     # Half of the last place kept, less one bit when that place is even: ties go to even.
     rounded = bits + (((bits >> np.uint32(16)) & np.uint32(1)) + np.uint32(0x7FFF))
-    narrow = (rounded >> np.uint32(16)).astype("<u2")
+    narrow: npt.NDArray[np.uint16] = (rounded >> np.uint32(16)).astype("<u2")
     # The sum would carry a NaN over into another number.
     narrow[np.isnan(wide)] = 0x7FC0
     return narrow

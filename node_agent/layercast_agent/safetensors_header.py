@@ -111,7 +111,9 @@ def _header_length(path: Path, start: bytes, file_bytes: int) -> int:
     length = int.from_bytes(start[:8], "little")
     if length > HEADER_BYTES_MAX:
         raise CheckpointError(
-            f"not safetensors: a header of {length} bytes is beyond the format's limit", file=path, offset_bytes=0
+            f"not safetensors: a header of {length} bytes is beyond the format's limit",
+            file=path,
+            offset_bytes=0,
         )
     if 8 + length > file_bytes:
         raise CheckpointError(
@@ -144,7 +146,9 @@ def _tensor(path: Path, name: str, entry: Any, data_start: int) -> StoredTensor:
 
     if not isinstance(entry, dict):
         raise wrong("the header's entry is not an object")
-    dtype, shape, span = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    dtype: Any = entry.get("dtype")
+    shape: Any = entry.get("shape")
+    span: Any = entry.get("data_offsets")
     if not isinstance(dtype, str) or dtype not in _ITEM_BYTES:
         raise wrong(f"dtype {dtype!r} is unknown")
     if not _are_sizes(shape):

@@ -86,12 +86,16 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
         if shard not in shards:
             shards[_safe_name(shard, index, tensor)] = _shard(folder, shard, index)
         if tensor not in shards[shard]:
-            raise CheckpointError(f"{INDEX} places it here, and it is not", file=folder / shard, tensor=tensor)
+            raise CheckpointError(
+                f"{INDEX} places it here, and it is not", file=folder / shard, tensor=tensor
+            )
     merged: dict[str, StoredTensor] = {}
     for tensors in shards.values():
         for name, stored in tensors.items():
             if name in merged:
-                raise CheckpointError(f"also stored in {merged[name].file.name}", file=stored.file, tensor=name)
+                raise CheckpointError(
+                    f"also stored in {merged[name].file.name}", file=stored.file, tensor=name
+                )
             merged[name] = stored
     return merged
 
@@ -105,7 +109,9 @@ def _shard(folder: Path, shard: str, index: Path) -> dict[str, StoredTensor]:
 def _safe_name(shard: Any, index: Path, tensor: str) -> str:
     """A shard must be a file of the same folder: an index must not make us read elsewhere."""
     if not isinstance(shard, str) or Path(shard).name != shard or "\0" in shard:
-        raise CheckpointError(f"{shard!r} is not the name of a file in this folder", file=index, tensor=tensor)
+        raise CheckpointError(
+            f"{shard!r} is not the name of a file in this folder", file=index, tensor=tensor
+        )
     if not shard.endswith(".safetensors"):
         raise CheckpointError(f"{shard!r} is not a safetensors file", file=index, tensor=tensor)
     return shard

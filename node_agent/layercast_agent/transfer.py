@@ -97,7 +97,8 @@ class Transfer:
     @property
     def upstream(self) -> str:
         """Peer id of the active upstream; empty when there is none."""
-        return self._active.spec.peer_id if self._active is not None else ""
+        active = self._active  # read once: status is asked from other threads
+        return active.spec.peer_id if active is not None else ""
 
     @property
     def finished(self) -> bool:
@@ -293,17 +294,19 @@ class Transfer:
         """The best upstream that has something to fetch, or None to wait for a better one."""
         wanted = self._wanted()
         better: list[Upstream] = []
+        reserve: Upstream | None = None
         for upstream in self._upstreams:
             useful = upstream.state is Link.LIVE and upstream.announced & wanted
             if useful and not upstream.owed:
                 for passed in better:
                     passed.owed = passed.owed or self._limits.window_chunks
                 return upstream
-            if self._is_hopeful(upstream):
-                return None
+            if useful and reserve is None:
+                reserve = upstream
+            if not useful and self._is_hopeful(upstream):
+                break
             better.append(upstream)
-        live = (u for u in self._upstreams if u.state is Link.LIVE)
-        return next((u for u in live if u.announced & wanted), None)
+        return reserve
 
     def _is_hopeful(self, upstream: Upstream) -> bool:
         """Whether to wait for it although it has nothing to fetch at the moment."""

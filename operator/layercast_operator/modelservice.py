@@ -7,6 +7,7 @@ Every mistake gets one sentence that names file and field; unknown fields are re
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -172,7 +173,7 @@ class _Section:
         value = self._get(field)
         if value is None:
             return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
+        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
             raise self.wrong(field, f"must be a number, not {_kind(value)}")
         if value < least:
             raise self.wrong(field, f"is {value:g}, must be at least {least:g}")

@@ -15,7 +15,7 @@ only, because two targets that wait for each other's chunks would wait for ever.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 
 from layercast_operator.snapshot import PeerRef
@@ -26,6 +26,8 @@ ASSUMED_DISK_BYTES_PER_S = 0.5e9
 INSIDE_NODE_BYTES_PER_S = 10e9
 # What a member must have before it can pass something on (chunk size of packed checkpoints).
 FORWARD_BYTES = 4 * 1024 * 1024
+# A target that has outlived so many upstreams is better served by a new plan.
+ALTERNATIVES_MAX = 8
 
 
 class HolderKind(Enum):
@@ -142,7 +144,7 @@ def plan_multicast(
     """
     notes: list[str] = []
     roots = _roots(holders, notes)
-    local = {h.node: h for h in holders if h.kind is not HolderKind.DEVICE}
+    local = {h.node: h for h in holders if h.kind is HolderKind.DISK}
     wanted = {target.peer.peer_id for target in targets}
     fed = [r for r in running if r.target.peer.peer_id not in wanted]
     chains = _running_chains(roots, local, fed)
@@ -150,13 +152,12 @@ def plan_multicast(
     hops: list[Hop] = []
     unfed: list[str] = []
     for target in _in_order(targets):
-        path = _place(chains, target, local.get(target.node), below, checkpoint_bytes)
+        path = _place(chains, target, local.get(target.node), below)
         if path is None:
             unfed.append(target.peer.peer_id)
             continue
         hops.append(_hop(path, target, holders, checkpoint_bytes, serving=serving))
-    hops = [_with_tail_rule(hop, targets, hops) for hop in hops]
-    return MulticastPlan(hops=tuple(hops), unfed=tuple(unfed), notes=tuple(notes))
+    return MulticastPlan(hops=_only_tails_live(hops, targets), unfed=tuple(unfed), notes=tuple(notes))
 
 
 def _roots(holders: Sequence[Holder], notes: list[str]) -> list[Holder]:
@@ -186,22 +187,22 @@ def _running_chains(
     for entry in sorted(running, key=lambda r: r.target.peer.peer_id):
         children.setdefault(entry.upstream if entry.upstream in known else "", []).append(entry)
 
-    def walk(path: list[_Member], depth: int) -> None:
-        below = children.get(path[-1].peer.peer_id, []) if depth <= len(running) else []
-        if not below:
-            chains.paths.append(path)
-        for child in below:
-            tail = path[-1]
-            if tail.node != child.target.node:
-                chains.sending[tail.node] = chains.sending.get(tail.node, 0) + 1
-            walk([*path, _member(child.target, _link_rate(tail, child.target, 1))], depth + 1)
-
-    for root in roots:
-        walk([_root_member(root)], 0)
+    grown: list[list[_Member]] = [[_root_member(root)] for root in roots]
     for orphan in children.get("", []):
         own = local.get(orphan.target.node)
         rate = own.read_bytes_per_s if own is not None else orphan.target.nic_bytes_per_s
-        walk([_member(orphan.target, rate)], 0)
+        grown.append([_member(orphan.target, rate)])
+    # Everybody has one upstream, so what is reached from a root is a tree and this ends.
+    while grown:
+        path = grown.pop(0)
+        tail = path[-1]
+        fed_here = children.get(tail.peer.peer_id, [])
+        if not fed_here:
+            chains.paths.append(path)
+        for child in fed_here:
+            if tail.node != child.target.node:
+                chains.sending[tail.node] = chains.sending.get(tail.node, 0) + 1
+            grown.append([*path, _member(child.target, _link_rate(tail, child.target, 1))])
     return chains
 
 
@@ -253,11 +254,12 @@ def _place(
     target: Target,
     own: Holder | None,
     below: Mapping[str, frozenset[str]],
-    checkpoint_bytes: int,
 ) -> list[_Member] | None:
     """The chain that `target` joins, ending in it; None when nobody can feed it."""
-    mine = below.get(target.peer.peer_id, frozenset()) | {target.peer.peer_id}
-    open_paths = [path for path in chains.paths if not any(m.peer.peer_id in mine for m in path)]
+    mine = below.get(target.peer.peer_id, frozenset())
+    open_paths = chains.paths
+    if mine:  # its own descendants cannot feed it
+        open_paths = [path for path in chains.paths if not any(m.peer.peer_id in mine for m in path)]
 
     def order(path: list[_Member]) -> tuple[bool, int, bool, float, int, str]:
         tail = path[-1]
@@ -270,7 +272,9 @@ def _place(
     rate = 0.0
     if best is not None:
         rate = _link_rate(best[-1], target, chains.sending.get(best[-1].node, 0) + 1)
-    if own is not None and (best is None or own.read_bytes_per_s > rate or _is_own(best, own)):
+    if own is not None and best is not None and _is_own(best, own):
+        return list(chains.append(best, _member(target, own.read_bytes_per_s)))
+    if own is not None and (best is None or own.read_bytes_per_s > rate):
         path = [_root_member(own), _member(target, own.read_bytes_per_s)]
         chains.paths.append(path)
         return list(path)
@@ -303,7 +307,7 @@ def _hop(
     return Hop(
         target=target.peer.peer_id,
         upstream=upstream,
-        alternatives=tuple(a for a in alternatives if a != upstream),
+        alternatives=tuple(a for a in alternatives if a != upstream)[:ALTERNATIVES_MAX],
         bytes_per_s=rate,
         predicted_s=predicted_s,
         live=serving,
@@ -313,12 +317,10 @@ def _hop(
 
 
 def _own_copy(holder: Holder, target: Target) -> bool:
-    return holder.kind is not HolderKind.DEVICE and holder.node == target.node
+    return holder.kind is HolderKind.DISK and holder.node == target.node
 
 
-def _alternatives(
-    path: list[_Member], target: Target, holders: Sequence[Holder]
-) -> list[PeerRef | None]:
+def _alternatives(path: list[_Member], target: Target, holders: Sequence[Holder]) -> list[PeerRef | None]:
     """Complete device copies, then own ancestors from the nearest, then own disk, then other copies."""
     complete = {h.peer.peer_id for h in holders}
 
@@ -333,30 +335,22 @@ def _alternatives(
         )
 
     ranked = sorted(holders, key=order)
-    ancestors: list[PeerRef | None] = [
-        member.peer for member in reversed(path[:-1]) if member.peer.peer_id not in complete
-    ]
-    found: list[PeerRef | None] = [h.peer for h in ranked if h.kind is HolderKind.DEVICE]
-    found += ancestors
-    found += [None for h in ranked if _own_copy(h, target)][:1]
-    found += [h.peer for h in ranked if h.kind is not HolderKind.DEVICE and not _own_copy(h, target)]
-    return found
+    devices = [h.peer for h in ranked if h.kind is HolderKind.DEVICE]
+    ancestors = [m.peer for m in reversed(path[:-1]) if m.peer.peer_id not in complete]
+    own = [None] if any(_own_copy(h, target) for h in holders) else []
+    others = [h.peer for h in ranked if h.kind is not HolderKind.DEVICE and not _own_copy(h, target)]
+    half = ALTERNATIVES_MAX // 2
+    return [*devices[:half], *ancestors[:half], *own, *others]
 
 
-def _with_tail_rule(hop: Hop, targets: Sequence[Target], hops: Sequence[Hop]) -> Hop:
-    """A member that forwards parameters and sends KV would do both over one direction: only tails go live then."""
-    target = next(t for t in targets if t.peer.peer_id == hop.target)
-    if not hop.live or not target.sends_kv:
-        return hop
-    if all(other.upstream is None or other.upstream.peer_id != hop.target for other in hops):
-        return hop
-    return Hop(
-        target=hop.target,
-        upstream=hop.upstream,
-        alternatives=hop.alternatives,
-        bytes_per_s=hop.bytes_per_s,
-        predicted_s=hop.predicted_s,
-        live=False,
-        live_reason="it forwards parameters, and its KV leaves in the same direction",
-        why=hop.why,
+def _only_tails_live(hops: Sequence[Hop], targets: Sequence[Target]) -> tuple[Hop, ...]:
+    """A member that forwards parameters and sends KV would do both in one direction: only tails go live then."""
+    sends_kv = {target.peer.peer_id for target in targets if target.sends_kv}
+    forwards = {hop.upstream.peer_id for hop in hops if hop.upstream is not None}
+    reason = "it forwards parameters, and its KV leaves in the same direction"
+    return tuple(
+        replace(hop, live=False, live_reason=reason)
+        if hop.live and hop.target in sends_kv & forwards
+        else hop
+        for hop in hops
     )

@@ -130,7 +130,7 @@ class Replica:
     def complete(self) -> bool:
         """It holds every segment."""
         return self.state in {ReplicaState.SERVING, ReplicaState.DRAINING, ReplicaState.DRAINED} and (
-            self.layers_total == 0 or self.layers_resident == self.layers_total
+            self.layers_resident >= self.layers_total
         )
 
 

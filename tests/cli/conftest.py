@@ -6,6 +6,7 @@ import random
 from typing import Any
 
 import pytest
+
 from layercast_cli.records import (
     BURST,
     LOW,

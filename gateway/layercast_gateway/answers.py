@@ -1,0 +1,168 @@
+"""Answers of the OpenAI API: bodies, server-sent events and errors, as plain JSON values.
+
+One `AnswerShape` a request knows the fields that repeat in every chunk. Nothing here waits or decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+
+from layercast_gateway.errors import GatewayError
+from layercast_gateway.generation import Piece, TextToken, TokenLogprob
+from layercast_gateway.openai import ApiKind
+
+EVENT_DONE = b"data: [DONE]\n\n"
+
+Json = dict[str, Any]
+
+
+@dataclass(slots=True, kw_only=True)
+class ChoiceText:
+    """A whole choice, gathered from its pieces."""
+
+    text: str = ""
+    tokens: list[TextToken] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, piece: Piece) -> None:
+        """Appends the next piece."""
+        self.text += piece.text
+        self.tokens.extend(piece.tokens)
+        self.finish_reason = piece.finish_reason
+
+
+def encode(value: Json) -> bytes:
+    """JSON in UTF-8."""
+    return msgspec.json.encode(value)
+
+
+def event(value: Json) -> bytes:
+    """One server-sent event."""
+    return b"data: " + encode(value) + b"\n\n"
+
+
+def error_body(error: GatewayError) -> Json:
+    """OpenAI's error object."""
+    return {
+        "error": {
+            "message": error.message,
+            "type": error.error_type,
+            "param": error.param,
+            "code": error.code,
+        }
+    }
+
+
+def model_body(*, name: str, created_unix_s: int) -> Json:
+    """One entry of /v1/models."""
+    return {"id": name, "object": "model", "created": created_unix_s, "owned_by": "layercast"}
+
+
+def usage_body(*, prompt_tokens: int, completion_tokens: int) -> Json:
+    """Token counts; the prompt of several choices counts once."""
+    return {
+        "prompt_tokens": prompt_tokens,
+        "completion_tokens": completion_tokens,
+        "total_tokens": prompt_tokens + completion_tokens,
+    }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AnswerShape:
+    """Writes the answers of one request."""
+
+    kind: ApiKind
+    answer_id: str
+    model: str
+    created_unix_s: int
+    logprobs: bool
+    include_usage: bool
+
+    def body(self, choices: Sequence[ChoiceText], usage: Json) -> Json:
+        """The answer of a request that does not stream."""
+        object_name = "chat.completion" if self.kind is ApiKind.CHAT else "text_completion"
+        return {
+            **self._head(object_name),
+            "choices": [self._choice(index, choice) for index, choice in enumerate(choices)],
+            "usage": usage,
+        }
+
+    def opening(self, index: int, echo: str) -> bytes:
+        """The first event of a choice: the role of a chat, the prompt of an echoed completion, else nothing."""
+        if self.kind is ApiKind.CHAT:
+            return self._chunk(index, {"delta": {"role": "assistant", "content": ""}, "logprobs": None}, None)
+        if echo:
+            return self._chunk(index, {"text": echo, "logprobs": None}, None)
+        return b""
+
+    def chunk(self, piece: Piece, *, echo_characters: int = 0) -> bytes:
+        """The events of one piece. The end of a chat is an event of its own, without content."""
+        if self.kind is ApiKind.COMPLETION:
+            logprobs = self._logprobs(piece.tokens, echo_characters)
+            return self._chunk(piece.index, {"text": piece.text, "logprobs": logprobs}, piece.finish_reason)
+        events = b""
+        if piece.text or piece.tokens:
+            content = {"delta": {"content": piece.text}, "logprobs": self._logprobs(piece.tokens, 0)}
+            events = self._chunk(piece.index, content, None)
+        if piece.finish_reason is not None:
+            events += self._chunk(piece.index, {"delta": {}, "logprobs": None}, piece.finish_reason)
+        return events
+
+    def closing(self, usage: Json) -> bytes:
+        """The end of a stream that went well, with usage when it was asked for."""
+        if not self.include_usage:
+            return EVENT_DONE
+        return event({**self._head(self._chunk_object()), "choices": [], "usage": usage}) + EVENT_DONE
+
+    def _head(self, object_name: str) -> Json:
+        return {
+            "id": self.answer_id,
+            "object": object_name,
+            "created": self.created_unix_s,
+            "model": self.model,
+            "system_fingerprint": None,
+        }
+
+    def _chunk_object(self) -> str:
+        return "chat.completion.chunk" if self.kind is ApiKind.CHAT else "text_completion"
+
+    def _chunk(self, index: int, content: Json, finish_reason: str | None) -> bytes:
+        choice = {"index": index, **content, "finish_reason": finish_reason}
+        usage = {"usage": None} if self.include_usage else {}
+        return event({**self._head(self._chunk_object()), "choices": [choice], **usage})
+
+    def _choice(self, index: int, choice: ChoiceText) -> Json:
+        logprobs = self._logprobs(choice.tokens, 0)
+        rest = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
+        if self.kind is ApiKind.CHAT:
+            message = {"role": "assistant", "content": choice.text, "refusal": None}
+            return {**rest, "message": message}
+        return {**rest, "text": choice.text}
+
+    def _logprobs(self, tokens: Sequence[TextToken], echo_characters: int) -> Json | None:
+        if not self.logprobs:
+            return None
+        if self.kind is ApiKind.CHAT:
+            return {"content": [_chat_logprob(token) for token in tokens], "refusal": None}
+        return {
+            "tokens": [_token_text(token.chosen) for token in tokens],
+            "token_logprobs": [token.chosen.logprob for token in tokens],
+            "top_logprobs": [{_token_text(t): t.logprob for t in token.top} for token in tokens],
+            "text_offset": [token.offset + echo_characters for token in tokens],
+        }
+
+
+def _chat_logprob(token: TextToken) -> Json:
+    return {**_logprob(token.chosen), "top_logprobs": [_logprob(candidate) for candidate in token.top]}
+
+
+def _logprob(token: TokenLogprob) -> Json:
+    return {"token": _token_text(token), "logprob": token.logprob, "bytes": list(token.token)}
+
+
+def _token_text(token: TokenLogprob) -> str:
+    return token.token.decode("utf-8", "replace")

@@ -1,0 +1,227 @@
+"""The HTTP face: OpenAI's endpoints, health and metrics.
+
+A handler reads and checks the request, has it tokenised, hands one piece of work per choice to the dispatcher and
+writes what the choices say. Headers of a stream are sent with its first text, so that whatever goes wrong before it
+still has an honest status code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import uuid
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import web
+
+from layercast_gateway import answers
+from layercast_gateway.answers import AnswerShape, ChoiceText
+from layercast_gateway.dispatcher import Dispatcher
+from layercast_gateway.errors import ClientError, GatewayError, RetryLaterError, ShuttingDownError
+from layercast_gateway.intake import Job, begin
+from layercast_gateway.metrics import UNKNOWN_MODEL, Metrics
+from layercast_gateway.openai import GenerationRequest, parse_chat, parse_completion
+from layercast_gateway.settings import Settings
+from layercast_gateway.texts import Texts
+
+log = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499
+"""The code in metrics of a request whose client closed the connection."""
+
+SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Api:
+    """Handlers of one gateway."""
+
+    def __init__(self, *, settings: Settings, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> None:
+        self._settings = settings
+        self._dispatcher = dispatcher
+        self._texts = texts
+        self._metrics = metrics
+        self._active = 0
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.closing = False
+        """Set when the process ends: new requests are refused, readiness is denied."""
+
+    def application(self) -> web.Application:
+        """The routes."""
+        app = web.Application(client_max_size=self._settings.body_bytes_max, middlewares=[_openai_errors])
+        app.add_routes(
+            [
+                web.get("/v1/models", self._models),
+                web.get("/v1/models/{model:.+}", self._model),
+                web.post("/v1/chat/completions", self._chat),
+                web.post("/v1/completions", self._completions),
+                web.get("/metrics", self._render_metrics),
+                web.get("/healthz", self._healthz),
+                web.get("/readyz", self._readyz),
+            ]
+        )
+        return app
+
+    async def until_idle(self) -> None:
+        """Returns when no request is in flight."""
+        await self._idle.wait()
+
+    async def _models(self, _: web.Request) -> web.Response:
+        table = self._dispatcher.table
+        if table is None:
+            raise RetryLaterError("This gateway has no routing table yet.")
+        data = [
+            answers.model_body(name=route.model, created_unix_s=route.created_unix_s)
+            for _, route in sorted(table.items())
+        ]
+        return _json({"object": "list", "data": data})
+
+    async def _model(self, request: web.Request) -> web.Response:
+        route = self._dispatcher.route(request.match_info["model"])
+        return _json(answers.model_body(name=route.model, created_unix_s=route.created_unix_s))
+
+    async def _chat(self, request: web.Request) -> web.StreamResponse:
+        return await self._counted(request, parse_chat)
+
+    async def _completions(self, request: web.Request) -> web.StreamResponse:
+        return await self._counted(request, parse_completion)
+
+    async def _counted(
+        self, request: web.Request, parse: Callable[[bytes], GenerationRequest]
+    ) -> web.StreamResponse:
+        """Serves a generation and counts how it ended."""
+        if self.closing:
+            raise ShuttingDownError("This gateway is shutting down.")
+        label: dict[str, str] = {"model": UNKNOWN_MODEL, "code": "500"}
+        self._active += 1
+        self._idle.clear()
+        try:
+            wanted = parse(await request.read())
+            label["model"] = self._dispatcher.route(wanted.model).model
+            response = await self._generate(request, wanted)
+            label["code"] = str(response.get("outcome", response.status))
+            return response
+        except GatewayError as error:
+            label["code"] = str(error.status)
+            raise
+        except web.HTTPException as error:
+            label["code"] = str(error.status)
+            raise
+        except (asyncio.CancelledError, ConnectionResetError):
+            label["code"] = str(CLIENT_LEFT)
+            raise
+        finally:
+            self._metrics.requests.labels(**label).inc()
+            self._active -= 1
+            if not self._active:
+                self._idle.set()
+
+    async def _generate(self, request: web.Request, wanted: GenerationRequest) -> web.StreamResponse:
+        job = await begin(wanted, settings=self._settings, dispatcher=self._dispatcher, texts=self._texts)
+        shape = AnswerShape(
+            kind=wanted.kind,
+            answer_id=("chatcmpl-" if wanted.messages else "cmpl-") + uuid.uuid4().hex,
+            model=wanted.model,
+            created_unix_s=int(time.time()),
+            logprobs=wanted.logprobs,
+            include_usage=wanted.include_usage,
+        )
+        try:
+            if wanted.stream:
+                return await self._stream(request, job, shape)
+            return await self._whole(job, shape)
+        finally:
+            job.abandon()  # after a good end there is nothing left to abandon
+
+    async def _whole(self, job: Job, shape: AnswerShape) -> web.Response:
+        choices = [ChoiceText(text=echo) for echo in job.echoes]
+        async for piece in job.pieces():
+            if piece.error is not None:
+                raise piece.error
+            choices[piece.index].add(piece)
+        return _json(shape.body(choices, job.usage(), echoes=job.echoes))
+
+    async def _stream(self, request: web.Request, job: Job, shape: AnswerShape) -> web.StreamResponse:
+        response = web.StreamResponse(headers=SSE_HEADERS)
+        opened: set[int] = set()
+        async for piece in job.pieces():
+            if piece.error is not None:
+                if not response.prepared:
+                    raise piece.error
+                log.warning("a stream ended with an error", extra={"reason": piece.error.message})
+                response["outcome"] = piece.error.status
+                await response.write(answers.event(answers.error_body(piece.error)))
+                await response.write_eof()
+                return response
+            events = shape.chunk(piece, echo_characters=len(job.echoes[piece.index]))
+            if piece.index not in opened:
+                opened.add(piece.index)
+                events = shape.opening(piece.index, job.echoes[piece.index]) + events
+            if not response.prepared:
+                await response.prepare(request)
+            await response.write(events)
+        await response.write(shape.closing(job.usage()))
+        await response.write_eof()
+        return response
+
+    async def _render_metrics(self, _: web.Request) -> web.Response:
+        body = self._metrics.render(self._dispatcher.demands())
+        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+
+    async def _healthz(self, _: web.Request) -> web.Response:
+        return _json({"alive": True})
+
+    async def _readyz(self, _: web.Request) -> web.Response:
+        """Ready with a routing table: a request for a model without replicas waits for one, that is service too."""
+        table = self._dispatcher.table
+        found = {model: self._dispatcher.available(model) for model in table or ()}
+        models = {model: {"serving": a.serving, "coming": a.coming} for model, a in sorted(found.items())}
+        if self.closing:
+            reason = "this gateway is shutting down"
+        elif table is None:
+            reason = "no routing table from the operator yet"
+        elif any(a.serving for a in found.values()):
+            reason = "routing table known, at least one model has a serving replica"
+        else:
+            reason = "routing table known, no model has a serving replica"
+        ready = table is not None and not self.closing
+        body = {"ready": ready, "reason": reason, "routes_known": table is not None, "models": models}
+        return _json(body, status=200 if ready else 503)
+
+
+def _json(body: dict[str, Any], *, status: int = 200) -> web.Response:
+    return web.Response(body=answers.encode(body), status=status, content_type="application/json")
+
+
+def _error_response(error: GatewayError) -> web.Response:
+    response = _json(answers.error_body(error), status=error.status)
+    if error.retry_after_s is not None:
+        response.headers["Retry-After"] = str(error.retry_after_s)
+    return response
+
+
+@web.middleware
+async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Every answer other than the wanted one has OpenAI's shape."""
+    try:
+        return await handler(request)
+    except GatewayError as error:
+        return _error_response(error)
+    except web.HTTPRequestEntityTooLarge as error:
+        message = f"The body is larger than {request.client_max_size} bytes."
+        return _error_response(ClientError(message, code="body_too_large", status=error.status))
+    except web.HTTPException as error:
+        message = f"{request.method} {request.path}: {error.reason}."
+        response = _error_response(ClientError(message, status=error.status))
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except ConnectionResetError:
+        raise  # the client left; there is nobody to answer
+    except Exception:
+        log.exception("a request failed", extra={"path": request.path})
+        return _error_response(GatewayError("Internal error."))

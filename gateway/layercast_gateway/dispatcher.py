@@ -1,0 +1,388 @@
+"""Brings requests to replicas and their tokens back: the edge around queue, router and replay.
+
+Everything runs in one event loop and no method waits, so there is nothing to lock. Decisions are made elsewhere
+(`router.choose`, `replay`); here their instructions are carried out. One loop, `run`, dispatches what waits and acts
+on what is due; whatever might change either wakes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+from google.protobuf.timestamp_pb2 import Timestamp
+from layercast.engine.v1alpha1 import engine_pb2
+
+from layercast_gateway import replay
+from layercast_gateway.errors import GatewayError, NoReplicaError, ShuttingDownError, UnknownModelError
+from layercast_gateway.metrics import Demand, Metrics
+from layercast_gateway.pulse import Pulse
+from layercast_gateway.queue import Admission, RequestQueue
+from layercast_gateway.replay import Phase, RequestState, Work
+from layercast_gateway.replicas import Occupation, Replicas
+from layercast_gateway.router import Availability, availability, choose, gives_up_at
+from layercast_gateway.routes import EndpointState, ModelRoute, RouteTable
+from layercast_gateway.settings import Settings
+
+log = logging.getLogger(__name__)
+
+IDLE_S = 60.0
+REMOVED_SILENCE_S = 10.0
+"""A worker that left the table may be dead without a broken stream: its silent requests are replayed after this."""
+
+
+class Sink(Protocol):
+    """Who receives the tokens of a request."""
+
+    def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[engine_pb2.TokenLogprobs]) -> bool:
+        """New tokens; True when no more are wanted: the request then ends without a further call."""
+
+    def on_end(self, reason: replay.EndReason) -> None:
+        """The request ended well."""
+
+    def on_error(self, error: GatewayError) -> None:
+        """The request ended without success."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Tracked:
+    state: RequestState
+    sink: Sink
+    accepted_at: float
+    last_token_at: float | None = None
+
+
+class Dispatcher:
+    """All requests of this gateway between acceptance and their end."""
+
+    def __init__(self, *, settings: Settings, gateway_id: str, metrics: Metrics) -> None:
+        self._settings = settings
+        self._gateway_id = gateway_id
+        self._metrics = metrics
+        self._table: RouteTable | None = None
+        self._queues: dict[str, RequestQueue] = {}
+        self._requests: dict[str, _Tracked] = {}
+        self._unavailable_since: dict[str, float] = {}
+        self._due = 0.0
+        self._wake = asyncio.Event()
+        self.changed = Pulse()
+        """Fires whenever routes or connections change."""
+        self.replicas = Replicas(gateway_id=gateway_id, events=self)
+
+    # --- routes -------------------------------------------------------------------------------------------------
+
+    @property
+    def table(self) -> RouteTable | None:
+        """The last routing table; None before the first."""
+        return self._table
+
+    def route(self, model: str) -> ModelRoute:
+        """The route of a model; UnknownModelError, or NoReplicaError before the first table."""
+        if self._table is None:
+            raise NoReplicaError("This gateway has no routing table yet.")
+        if model not in self._table:
+            raise UnknownModelError(model)
+        return self._table[model]
+
+    def available(self, model: str) -> Availability:
+        """Who serves a model, and who will."""
+        route = (self._table or {}).get(model)
+        return availability(self.replicas.candidates(route) if route else ())
+
+    def on_table(self, table: RouteTable) -> None:
+        """Takes a new routing table."""
+        if self._table is None:
+            log.info("routing table received", extra={"models": sorted(table)})
+        self._table = table
+        for model in table:
+            self._metrics.add_model(model)
+        now = time.monotonic()
+        left = self.replicas.follow(table)
+        for tracked in self._requests.values():
+            if tracked.state.owner in left:
+                replay.suspect(tracked.state, suspect_at=now + REMOVED_SILENCE_S)
+        self._routes_changed()
+
+    def _routes_changed(self) -> None:
+        now = time.monotonic()
+        for model in {*(self._table or {}), *self._queues}:
+            found = self.available(model)
+            if found.serving or found.coming:
+                self._unavailable_since.pop(model, None)
+            else:
+                self._unavailable_since.setdefault(model, now)
+        self.changed.fire()
+        self._due = 0.0
+        self._wake.set()
+
+    # --- requests -----------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def admit(self, model: str, places: int) -> Iterator[Admission]:
+        """Keeps places in a model's queue; QueueFullError when there are not as many."""
+        queue = self._queues.setdefault(model, RequestQueue(requests_max=self._settings.queue_requests_max))
+        admission = Admission(queue, places)
+        try:
+            yield admission
+        finally:
+            admission.close()
+
+    def gives_up_at(self, model: str, *, accepted_at: float) -> float | None:
+        """When a waiting request is refused because nobody will serve it (monotonic); None: not foreseeable."""
+        return gives_up_at(
+            arrived_at=accepted_at,
+            unavailable_since=self._unavailable_since.get(model),
+            wait_s=self._settings.no_replica_wait_s,
+        )
+
+    def no_replica(self, model: str) -> NoReplicaError:
+        """The error for it, with the operator's reason."""
+        route = (self._table or {}).get(model)
+        reason = route.message if route is not None and route.message else "none is on its way"
+        return NoReplicaError(f"No replica serves the model `{model}`: {reason}.".replace("..", "."))
+
+    def submit(self, work: Work, sink: Sink, *, admission: Admission, accepted_at: float) -> None:
+        """Accepts a request: its sink hears of it until it ends. `accepted_at` is monotonic seconds."""
+        admission.use()
+        state = RequestState(work=work)
+        self._requests[work.request_id] = _Tracked(state=state, sink=sink, accepted_at=accepted_at)
+        self._queues[work.model].put(work.request_id, arrived_at=work.arrived_at)
+        refused_at = self.gives_up_at(work.model, accepted_at=accepted_at)
+        self._look_again_at(work.deadline if refused_at is None else min(work.deadline, refused_at))
+        self._wake.set()
+
+    def abandon(self, request_id: str) -> None:
+        """Nobody wants the rest of a request. Unknown ids succeed."""
+        if tracked := self._requests.get(request_id):
+            self._carry_out(tracked, replay.abandon(tracked.state))
+
+    def fail_all(self) -> None:
+        """Ends every request because this process ends."""
+        for tracked in [*self._requests.values()]:
+            self._carry_out(
+                tracked, replay.fail(tracked.state, ShuttingDownError("This gateway is shutting down."))
+            )
+
+    def demands(self) -> list[Demand]:
+        """Demand by model."""
+        waiting: Counter[str] = Counter()
+        prompt_tokens: Counter[str] = Counter()
+        in_flight: Counter[str] = Counter()
+        for model, queue in self._queues.items():
+            waiting[model] += queue.reserved
+            in_flight[model] += queue.reserved
+        for tracked in self._requests.values():
+            work = tracked.state.work
+            in_flight[work.model] += 1
+            if not tracked.state.tokens:
+                waiting[work.model] += 1
+                prompt_tokens[work.model] += len(work.prompt)
+        return [
+            Demand(
+                model=model,
+                prompt_tokens_waiting=prompt_tokens[model],
+                requests_waiting=waiting[model],
+                requests_in_flight=in_flight[model],
+            )
+            for model in sorted({*(self._table or {}), *in_flight})
+        ]
+
+    # --- events of the streams ----------------------------------------------------------------------------------
+
+    def on_connected(self, address: str) -> None:
+        """A worker can be given requests."""
+        log.info("worker connected", extra={"address": address})
+        self._routes_changed()
+
+    def on_lost(self, address: str, reason: str) -> None:
+        """A worker's stream broke: its requests go elsewhere."""
+        log.warning("worker lost", extra={"address": address, "reason": reason})
+        now = time.monotonic()
+        self.replicas.avoid(address, now=now)
+        for tracked in [*self._requests.values()]:
+            silence_ends = now + self._settings.silence_s
+            self._carry_out(tracked, replay.on_lost(tracked.state, address=address, suspect_at=silence_ends))
+        self._routes_changed()
+
+    def on_events(self, address: str, events: Sequence[engine_pb2.Event]) -> None:
+        """What one step of a worker brought."""
+        for event in events:
+            tracked = self._requests.get(event.request_id)
+            state = tracked.state if tracked is not None else None
+            instructions = replay.on_event(state, address=address, event=event)
+            if tracked is None:
+                self._cancel_unknown(event.request_id, instructions)
+                continue
+            if (
+                not instructions and event.accepted.layers_done
+            ):  # an announcement of an old attempt is answered
+                self._metrics.handoffs.labels(tracked.state.work.model).inc()
+            try:
+                self._carry_out(tracked, instructions)
+            except Exception:  # a defect of ours ends this request, not the stream with all the others
+                log.exception("a request failed", extra={"request": event.request_id})
+                self._carry_out(tracked, replay.fail(tracked.state, GatewayError("Internal error.")))
+
+    # --- the loop -----------------------------------------------------------------------------------------------
+
+    async def run(self) -> None:
+        """Dispatches and watches the time until cancelled."""
+        while True:
+            self._wake.clear()
+            now = time.monotonic()
+            if now >= self._due:
+                self._due = self._act_on_time(now)
+            for model in [*self._queues]:
+                self._dispatch(model, now)
+            if self.replicas.retired:
+                used = {a for t in self._requests.values() for a in t.state.holders}
+                await self.replicas.close_unused(used)
+            try:
+                async with asyncio.timeout(max(0.0, self._due - time.monotonic())):
+                    await self._wake.wait()
+            except TimeoutError:
+                continue
+
+    def _look_again_at(self, when: float) -> None:
+        self._due = min(self._due, when)
+
+    def _act_on_time(self, now: float) -> float:
+        """Ends what is overdue and replays what is suspect; returns when there is more to do."""
+        due = now + IDLE_S
+        for tracked in [*self._requests.values()]:
+            state, model = tracked.state, tracked.state.work.model
+            instructions = replay.on_time(state, now=now)
+            if not instructions and state.phase is Phase.QUEUED:
+                ends = self.gives_up_at(model, accepted_at=tracked.accepted_at)
+                if ends is not None and ends <= now:
+                    instructions = replay.fail(state, self.no_replica(model))
+                due = min(due, ends if ends is not None else due)
+            self._carry_out(tracked, instructions)
+            if state.phase is not Phase.ENDED:
+                due = min(due, replay.next_time(state))
+        return due
+
+    def _dispatch(self, model: str, now: float) -> None:
+        """Gives waiting requests away while somebody has room."""
+        queue = self._queues[model]
+        route = (self._table or {}).get(model)
+        while route is not None and (request_id := queue.head()) is not None:
+            candidates = self.replicas.candidates(route, self._occupations(route))
+            choice = choose(candidates, window=self._settings.window_requests, now=now)
+            if choice.candidate is None:
+                self._look_again_at(choice.retry_at if choice.retry_at is not None else self._due)
+                return
+            queue.remove(request_id)
+            tracked = self._requests[request_id]
+            fields = {"request": request_id, "replica": choice.candidate.replica_id, "reason": choice.reason}
+            log.debug("request dispatched", extra={**fields, "attempt": tracked.state.attempt + 1})
+            accept_by = now + self._settings.accept_timeout_s
+            self._look_again_at(accept_by)
+            address = choice.candidate.address
+            self._carry_out(tracked, replay.dispatch(tracked.state, address=address, accept_by=accept_by))
+
+    def _occupations(self, route: ModelRoute) -> dict[str, Occupation]:
+        """What counts against whom: a request counts where it was given to, or at the serving replica that took it."""
+        serving = {e.address for e in route.endpoints if e.state is EndpointState.SERVING}
+        unstarted: Counter[str] = Counter()
+        in_flight: Counter[str] = Counter()
+        for tracked in self._requests.values():
+            state = tracked.state
+            at = state.owner if state.owner in serving else state.given_to
+            if state.phase is Phase.DISPATCHED and at is not None:
+                in_flight[at] += 1
+                unstarted[at] += not state.started
+        return {a: Occupation(unstarted=unstarted[a], in_flight=in_flight[a]) for a in in_flight}
+
+    # --- instructions -------------------------------------------------------------------------------------------
+
+    def _carry_out(self, tracked: _Tracked, instructions: Sequence[replay.Instruction]) -> None:
+        for instruction in instructions:
+            match instruction:
+                case replay.Submit(address):
+                    self._submit(tracked.state, address)
+                case replay.CancelAt(address, attempt):
+                    self._cancel(tracked.state.work.request_id, address, attempt)
+                case replay.Deliver():
+                    if self._deliver(tracked, instruction):
+                        self._carry_out(tracked, replay.abandon(tracked.state))
+                        break  # the sink ended the request by itself
+                case replay.Requeue():
+                    self._requeue(tracked.state, instruction)
+                case replay.End(reason):
+                    tracked.sink.on_end(reason)
+                case replay.Fail(error):
+                    tracked.sink.on_error(error)
+        if tracked.state.phase is Phase.ENDED:
+            self._forget(tracked.state.work)
+
+    def _submit(self, state: RequestState, address: str) -> None:
+        work = state.work
+        if state.attempt > 1:
+            self._metrics.replays.labels(work.model).inc()
+            self._cancel(work.request_id, address, state.attempt - 1)
+        arrived_at = Timestamp()
+        arrived_at.FromNanoseconds(int(work.arrived_at * 1e9))
+        request = engine_pb2.Request(
+            request_id=work.request_id,
+            gateway_id=self._gateway_id,
+            attempt=state.attempt,
+            model=work.model,
+            prompt_token_ids=work.prompt,
+            generated_token_ids=state.tokens,
+            sampling=work.sampling,
+            arrived_at=arrived_at,
+        )
+        sent = self.replicas.send(
+            address, engine_pb2.GenerateRequest(submit=engine_pb2.Submit(request=request))
+        )
+        assert sent, "only connected replicas are chosen, and nothing waits in between"
+
+    def _cancel(self, request_id: str, address: str, attempt: int) -> None:
+        """Best effort: a worker that cannot be told cancels by itself ten seconds after its stream broke."""
+        cancel = engine_pb2.Cancel(request_id=request_id, attempt=attempt)
+        self.replicas.send(address, engine_pb2.GenerateRequest(cancel=cancel))
+
+    def _cancel_unknown(self, request_id: str, instructions: Sequence[replay.Instruction]) -> None:
+        for instruction in instructions:
+            if isinstance(instruction, replay.CancelAt):
+                self._cancel(request_id, instruction.address, instruction.attempt)
+
+    def _deliver(self, tracked: _Tracked, deliver: replay.Deliver) -> bool:
+        now, model, count = time.monotonic(), tracked.state.work.model, len(deliver.token_ids)
+        if tracked.last_token_at is None:
+            self._metrics.ttft.labels(model).observe(now - tracked.accepted_at)
+        else:
+            between = (now - tracked.last_token_at) / count
+            for _ in range(count):
+                self._metrics.tbt.labels(model).observe(between)
+        tracked.last_token_at = now
+        self._metrics.tokens.labels(model).inc(count)
+        if tracked.state.owner is not None:
+            self.replicas.trust(tracked.state.owner)
+        if self._queues[model]:
+            self._wake.set()  # a window may have room now
+        return tracked.sink.on_tokens(deliver.token_ids, deliver.logprobs)
+
+    def _requeue(self, state: RequestState, requeue: replay.Requeue) -> None:
+        work, now = state.work, time.monotonic()
+        fields = {"request": work.request_id, "attempt": state.attempt, "tokens": len(state.tokens)}
+        log.info("request is replayed", extra={**fields, "reason": requeue.reason})
+        if requeue.refused_by is not None:
+            self.replicas.hold(requeue.refused_by, now=now)
+        if requeue.ignored_by is not None:
+            self.replicas.avoid(requeue.ignored_by, now=now)
+        self._queues[work.model].put(work.request_id, arrived_at=work.arrived_at)
+        self._due = 0.0
+        self._wake.set()
+
+    def _forget(self, work: Work) -> None:
+        self._requests.pop(work.request_id, None)
+        self._queues[work.model].remove(work.request_id)
+        self._wake.set()

@@ -1,0 +1,133 @@
+"""One answer while it is produced: tokens in, pieces of final text out.
+
+A `Choice` is told its tokens as they arrive and puts `Piece`s into the queue of its request. It stands between the
+dispatcher, which knows tokens and replicas, and the HTTP handler, which knows clients: text is cut at a stop string
+the moment it appears, however slowly the client reads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from layercast.engine.v1alpha1 import engine_pb2
+
+from layercast_gateway.detokenize import Detokenizer, StopMatcher
+from layercast_gateway.errors import GatewayError
+from layercast_gateway.replay import EndReason
+from layercast_gateway.tokenizer import ModelText
+
+CONTEXT_TOKENS = 8
+"""Last tokens of a prompt that decide how the text behind it is written (a leading space)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TokenLogprob:
+    """Log-probability of a token or of a candidate, natural logarithm."""
+
+    token: bytes
+    logprob: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TextToken:
+    """One token of the text with its alternatives, best first."""
+
+    offset: int
+    """Where its text starts, in characters of the answer."""
+    chosen: TokenLogprob
+    top: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """News of one choice. Exactly one piece of a choice has `finish_reason` or `error`: its last."""
+
+    index: int
+    text: str = ""
+    tokens: tuple[TextToken, ...] = ()
+    finish_reason: str | None = None
+    error: GatewayError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Nothing follows."""
+        return self.finish_reason is not None or self.error is not None
+
+
+class Choice:
+    """The text of one choice. `token_count` is what usage counts: every token that belongs to the answer."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        text: ModelText,
+        prompt: Sequence[int],
+        continues_prompt: bool,
+        stops: Sequence[str],
+        pieces: asyncio.Queue[Piece],
+    ) -> None:
+        """`continues_prompt` is true when the answer is one text with the prompt, as in a completion."""
+        self._index = index
+        self._text = text
+        self._detokenizer = Detokenizer(
+            text.decode, before=prompt[-CONTEXT_TOKENS:] if continues_prompt else ()
+        )
+        self._matcher = StopMatcher(stops)
+        self._pieces = pieces
+        self._seen = 0
+        self._released = 0
+        self._waiting: list[TextToken] = []
+        self.token_count = 0
+
+    def on_tokens(self, token_ids: Sequence[int], logprobs: Sequence[engine_pb2.TokenLogprobs]) -> bool:
+        """Takes new tokens; True when a stop string ended the text, so that nothing more is wanted."""
+        texts: list[str] = []
+        for position, token_id in enumerate(token_ids):
+            self.token_count += 1
+            if token_id in self._text.stop_token_ids:
+                continue  # the end is a sign, not a part of the text
+            if position < len(logprobs):
+                self._waiting.append(self._text_token(token_id, logprobs[position]))
+            new = self._detokenizer.feed(token_id)
+            self._seen += len(new)
+            cut = self._matcher.feed(new)
+            texts.append(cut.text)
+            if cut.stopped_by is not None:
+                self._put("".join(texts), finish_reason=EndReason.STOP.value)
+                return True
+        self._put("".join(texts))
+        return False
+
+    def on_end(self, reason: EndReason) -> None:
+        """The request ended well; what was held back is final now."""
+        cut = self._matcher.feed(self._detokenizer.flush())
+        held = self._matcher.flush() if cut.stopped_by is None else ""
+        finish = EndReason.STOP if cut.stopped_by is not None else reason
+        self._put(cut.text + held, finish_reason=finish.value, everything=cut.stopped_by is None)
+
+    def on_error(self, error: GatewayError) -> None:
+        """The request ended without success."""
+        self._pieces.put_nowait(Piece(index=self._index, error=error))
+
+    def _put(self, text: str, *, finish_reason: str | None = None, everything: bool = False) -> None:
+        self._released += len(text)
+        ready = [t for t in self._waiting if everything or t.offset < self._released]
+        self._waiting = self._waiting[len(ready) :]
+        if text or ready or finish_reason is not None:
+            piece = Piece(index=self._index, text=text, tokens=tuple(ready), finish_reason=finish_reason)
+            self._pieces.put_nowait(piece)
+
+    def _text_token(self, token_id: int, logprobs: engine_pb2.TokenLogprobs) -> TextToken:
+        chosen = TokenLogprob(token=self._text.token_bytes(token_id), logprob=logprobs.logprob)
+        top = tuple(
+            TokenLogprob(token=self._text.token_bytes(c.token_id), logprob=c.logprob) for c in logprobs.top
+        )
+        return TextToken(offset=self._seen, chosen=chosen, top=top)
+
+
+def pieces_max(*, choices: int, max_tokens: int) -> int:
+    """Size of a request's queue that can never overflow: a piece for each token and one for each end."""
+    return choices * (max_tokens + 1)

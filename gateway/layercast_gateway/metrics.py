@@ -1,0 +1,100 @@
+"""What the gateway measures. The operator decides by some of these, so their names are a contract.
+
+Series of a model exist from the moment the model is in the routing table, with zeros: for the operator a missing
+series means unknown, which is not the same as no demand.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TBT_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+
+UNKNOWN_MODEL = "unknown"
+"""Label of requests that name no ModelService: clients must not be able to create series."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Demand:
+    """How much of one model is wanted at this moment."""
+
+    model: str
+    prompt_tokens_waiting: int
+    requests_waiting: int
+    requests_in_flight: int
+
+
+class Metrics:
+    """All series of one gateway, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        prefix = "layercast_gateway_"
+        by_model = ("model",)
+        self.prompt_tokens_waiting = Gauge(
+            prefix + "prompt_tokens_waiting",
+            "Prompt tokens of accepted requests without a first token, queued or dispatched.",
+            by_model,
+            registry=registry,
+        )
+        self.requests_waiting = Gauge(
+            prefix + "requests_waiting",
+            "Accepted requests without a first token, queued or dispatched.",
+            by_model,
+            registry=registry,
+        )
+        self.requests_in_flight = Gauge(
+            prefix + "requests_in_flight",
+            "Accepted requests that have not ended.",
+            by_model,
+            registry=registry,
+        )
+        self.requests = Counter(
+            prefix + "requests",
+            "HTTP requests that ended, by status code; 499 is a client that left.",
+            ("model", "code"),
+            registry=registry,
+        )
+        self.ttft = Histogram(
+            prefix + "ttft_seconds",
+            "From acceptance to the first token, seen here.",
+            by_model,
+            buckets=TTFT_BUCKETS_S,
+            registry=registry,
+        )
+        self.tbt = Histogram(
+            prefix + "tbt_seconds",
+            "Between two tokens of a request, seen here.",
+            by_model,
+            buckets=TBT_BUCKETS_S,
+            registry=registry,
+        )
+        self.replays = Counter(
+            prefix + "replays", "Dispatches of a request after its first.", by_model, registry=registry
+        )
+        self.handoffs = Counter(
+            prefix + "handoffs",
+            "Requests that a replica announced as its own with layers already executed elsewhere.",
+            by_model,
+            registry=registry,
+        )
+        self.tokens = Counter(prefix + "tokens", "Tokens delivered to clients.", by_model, registry=registry)
+
+    def add_model(self, model: str) -> None:
+        """Creates the series of a model."""
+        for series in (self.prompt_tokens_waiting, self.requests_waiting, self.requests_in_flight):
+            series.labels(model)
+        for counted in (self.ttft, self.tbt, self.replays, self.handoffs, self.tokens):
+            counted.labels(model)
+
+    def render(self, demands: Iterable[Demand]) -> bytes:
+        """The text format of Prometheus, with the demand of this moment."""
+        for demand in demands:
+            self.prompt_tokens_waiting.labels(demand.model).set(demand.prompt_tokens_waiting)
+            self.requests_waiting.labels(demand.model).set(demand.requests_waiting)
+            self.requests_in_flight.labels(demand.model).set(demand.requests_in_flight)
+        return generate_latest(self.registry)

@@ -1,0 +1,61 @@
+"""Where incoming chunks land: staged, compared with the manifest, and only then committed.
+
+Every transport ends here, so no byte becomes visible to the engine or to a downstream peer without having
+been checked, wherever it came from.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+
+from layercast_agent.layout import Manifest
+from layercast_agent.regions import WritableMemory
+from layercast_agent.transfer_events import Chunk
+
+# A memoryview copy holds the interpreter lock; slices of this size let the engine's threads run between.
+COPY_BYTES = 256 * 1024
+
+
+class Landing:
+    """The memory of one target, seen as chunks. Safe for several threads on different chunks."""
+
+    def __init__(self, *, manifest: Manifest, memories: Sequence[WritableMemory]) -> None:
+        """One memory a segment, in the manifest's order, each of the segment's size; else ValueError."""
+        sizes = [segment.nbytes for segment in manifest.segments]
+        if [memory.nbytes for memory in memories] != sizes:
+            raise ValueError("memories do not have the sizes of the manifest's segments")
+        self._manifest = manifest
+        self._memories = memories
+
+    def range_of(self, chunk: Chunk) -> tuple[int, int]:
+        """(offset, bytes) inside the chunk's segment."""
+        return self._manifest.chunk_range(chunk.segment, chunk.chunk)
+
+    def staging(self, chunk: Chunk) -> memoryview:
+        """Where to receive a chunk. What is there stays invisible until `settle`."""
+        return self._memories[chunk.segment].staging(*self.range_of(chunk))
+
+    def settle(self, chunk: Chunk, staged: memoryview) -> bool:
+        """Commit received bytes if they are right; False when they do not match the manifest."""
+        if not self._matches(chunk, staged):
+            return False
+        self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
+        return True
+
+    def copy_in(self, chunk: Chunk, source: memoryview) -> bool:
+        """Commit a copy of `source` if it is right; False when it does not match the manifest.
+
+        Checking first also brings a mapped file's pages in while the interpreter lock is free.
+        """
+        if not self._matches(chunk, source):
+            return False
+        staged = self.staging(chunk)
+        for start in range(0, len(staged), COPY_BYTES):
+            staged[start : start + COPY_BYTES] = source[start : start + COPY_BYTES]
+        self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
+        return True
+
+    def _matches(self, chunk: Chunk, data: memoryview) -> bool:
+        expected = self._manifest.segments[chunk.segment].chunk_crc32[chunk.chunk]
+        return len(data) == self.range_of(chunk)[1] and zlib.crc32(data) == expected

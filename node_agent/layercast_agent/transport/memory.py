@@ -1,0 +1,149 @@
+"""A network inside one process and one thread, in virtual time, for simulations of whole chains.
+
+It has what real ones have: latency that lets answers overtake each other, corruption, nodes that die and
+nodes that stop without dying, and links that still write for a while after they were told to close. A seed
+reproduces everything. Memory, residency, landing and the transfer above are the real ones.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from layercast_agent import transfer_events as ev
+from layercast_agent.layout import Manifest
+from layercast_agent.regions import WritableMemory
+from layercast_agent.residency import Residency
+from layercast_agent.transfer_events import Chunk
+from layercast_agent.transport import LinkRequest
+from layercast_agent.transport.landing import Landing
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Faults:
+    """How bad the network is; times in seconds of virtual time."""
+
+    delay_s: tuple[float, float] = (0.001, 0.02)
+    """Of every message, uniform; a wide range is a network that reorders."""
+
+    corrupt: float = 0.0
+    """Probability that a chunk arrives altered."""
+
+
+class MemoryNode:
+    """One holder: its checkpoint and what of it is there. `alive` and `stopped` are the faults it can have."""
+
+    def __init__(
+        self, name: str, *, manifest: Manifest, memories: Sequence[WritableMemory], residency: Residency
+    ) -> None:
+        self.name = name
+        self.manifest = manifest
+        self.memories = memories
+        self.residency = residency
+        self.alive = True
+        self.stopped = False
+
+
+class MemoryNetwork:
+    """Nodes, virtual time and everything that is under way."""
+
+    def __init__(self, *, rng: random.Random, faults: Faults) -> None:
+        self.now = 0.0
+        self.rng = rng
+        self.faults = faults
+        self.nodes: dict[str, MemoryNode] = {}
+        self.links: list[MemoryLink] = []
+        self._agenda: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+
+    def schedule(self, delay_s: float, action: Callable[[], None]) -> None:
+        """Do something later."""
+        heapq.heappush(self._agenda, (self.now + delay_s, next(self._order), action))
+
+    def step(self) -> None:
+        """Go to the next moment at which something happens, and let it happen."""
+        self.now, _, action = heapq.heappop(self._agenda)
+        action()
+
+    def latency(self) -> float:
+        """How long the next message takes."""
+        return self.rng.uniform(*self.faults.delay_s)
+
+    def kill(self, name: str) -> None:
+        """The node is gone; both ends of its links notice after a while."""
+        self.nodes[name].alive = False
+        for link in [link for link in self.links if name in (link.source.name, link.target.name)]:
+            self.schedule(self.latency(), link.break_off)
+
+
+class MemoryLink:
+    """One opening of a node by another; see `ChunkLink`."""
+
+    def __init__(self, request: LinkRequest, *, network: MemoryNetwork, target: MemoryNode) -> None:
+        """Connects after some latency, or is refused when the node does not live."""
+        self.source = network.nodes[request.upstream.peer_id]
+        self.target = target
+        self.received_bytes = 0
+        self._request = request
+        self._network = network
+        self._landing = Landing(manifest=target.manifest, memories=target.memories)
+        self._over = False
+        self._forget: Callable[[], None] = lambda: None
+        network.links.append(self)
+        network.schedule(network.latency(), self._connect)
+
+    def fetch(self, chunk: Chunk) -> None:
+        """The answer needs the request's latency and its own."""
+        delay_s = self._network.latency() + self._network.latency()
+        self._network.schedule(delay_s, lambda: self._deliver(chunk))
+
+    def close(self, reason: str) -> None:
+        """What is under way may still land until the end, as on a real network."""
+        self._network.schedule(self._network.latency(), lambda: self._end(reason))
+
+    def break_off(self) -> None:
+        """One end died."""
+        self._end("connection reset")
+
+    def _connect(self) -> None:
+        if not self.source.alive:
+            self._end("connection refused")
+        elif not self.source.stopped and not self._over:
+            self._request.post(ev.UpstreamConnected(link=self._request.link))
+            self._forget = self.source.residency.subscribe(self._announce_later)
+            self._announce()
+
+    def _announce_later(self) -> None:
+        self._network.schedule(self._network.latency(), self._announce)
+
+    def _announce(self) -> None:
+        if self._over or self.source.stopped or not self.source.alive:
+            return
+        _, segments = self.source.residency.snapshot()
+        self._request.post(ev.ChunksAnnounced(link=self._request.link, segments=segments))
+
+    def _deliver(self, chunk: Chunk) -> None:
+        if self._over or self.source.stopped or not self.source.alive or not self.target.alive:
+            return
+        memory = self.source.memories[chunk.segment]
+        data = bytearray(memory.view(*self._landing.range_of(chunk)))
+        if self._network.rng.random() < self._network.faults.corrupt:
+            data[self._network.rng.randrange(len(data))] ^= 1 << self._network.rng.randrange(8)
+        self.received_bytes += len(data)
+        staged = self._landing.staging(chunk)
+        staged[:] = data  # corrupt bytes reach the memory, as they do when a socket writes into it
+        if self._landing.settle(chunk, staged):
+            self._request.post(ev.ChunkArrived(link=self._request.link, chunk=chunk))
+        else:
+            self._request.post(ev.ChunkCorrupt(link=self._request.link, chunk=chunk))
+
+    def _end(self, reason: str) -> None:
+        if self._over:
+            return
+        self._over = True
+        self._forget()
+        self._network.links.remove(self)
+        self._request.post(ev.UpstreamEnded(link=self._request.link, reason=reason))

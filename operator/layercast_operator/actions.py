@@ -1,0 +1,102 @@
+"""What a plan consists of: one thing to do on one node, and why. Tagged values, carried out by the executor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from layercast_operator.snapshot import PeerRef
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrepareCheckpoint:
+    """Fetch and pack a checkpoint on a node's disk."""
+
+    node: str
+    model: str
+    key: str
+    source: str
+    revision: str
+    dtype: str
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes; one command at a time is in flight per node and subject."""
+        return self.key
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartReplica:
+    """Assign an idle device to a model."""
+
+    node: str
+    model: str
+    replica_id: str
+    digest: str
+    device_id: str
+    context_length_max: int
+    batch_size_max: int
+    manifest_peer: PeerRef | None
+    """Where the manifest is; None when the node's own disk has it."""
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.replica_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartTransfer:
+    """Feed a replica, or feed it better. A None among `upstreams` is the node's own disk."""
+
+    node: str
+    model: str
+    replica_id: str
+    transfer_id: str
+    generation: int
+    upstreams: tuple[PeerRef | None, ...]
+    segment_order: tuple[int, ...]
+    live_source: PeerRef | None
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.replica_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DrainReplica:
+    """Stop new work, let running work end."""
+
+    node: str
+    model: str
+    replica_id: str
+    grace_s: float
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.replica_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StopReplica:
+    """Free the device."""
+
+    node: str
+    model: str
+    replica_id: str
+    failed: bool
+    """It had failed: its node rests before it is tried again."""
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.replica_id
+
+
+Action = PrepareCheckpoint | StartReplica | StartTransfer | DrainReplica | StopReplica

@@ -1,0 +1,201 @@
+"""Which transfers to start or improve: joins the replicas that were seen with the multicast plan. Pure.
+
+There is one transfer per (target, checkpoint). A target survives the death of its upstream by itself; a new
+generation is planned when it has no upstream left, or still names one that no longer exists.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+from layercast_operator.actions import Action, StartTransfer
+from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.multicast import (
+    ASSUMED_DISK_BYTES_PER_S,
+    INSIDE_NODE_BYTES_PER_S,
+    Holder,
+    HolderKind,
+    Hop,
+    Running,
+    Target,
+    plan_multicast,
+)
+from layercast_operator.placement import disk_bytes_per_s, nic_bytes_per_s
+from layercast_operator.snapshot import Node, NodeHealth, Replica, ReplicaState, Snapshot
+from layercast_operator.state import Resolved
+
+# The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
+REPLACE_AFTER_MS = 1000
+
+
+def holders_of(snapshot: Snapshot, digest: str) -> list[Holder]:
+    """Complete copies of a checkpoint that answer now: devices, host memory, disks."""
+    found: list[Holder] = []
+    for node in snapshot.nodes:
+        if not node.fresh:
+            continue
+        for replica in node.replicas:
+            if replica.digest == digest and replica.complete and not replica.pending:
+                found.append(_device_holder(node, replica))
+        for checkpoint in node.checkpoints:
+            if checkpoint.digest != digest:
+                continue
+            if checkpoint.in_host_memory:
+                found.append(_agent_holder(node, HolderKind.HOST, INSIDE_NODE_BYTES_PER_S))
+            if checkpoint.on_disk:
+                found.append(_agent_holder(node, HolderKind.DISK, disk_bytes_per_s(node)))
+    # Two keys may name one checkpoint; a node then still has one copy.
+    return list({(h.peer.peer_id, h.kind): h for h in found}.values())
+
+
+def _device_holder(node: Node, replica: Replica) -> Holder:
+    return Holder(
+        peer=replica.peer,
+        node=node.name,
+        leaf=node.leaf,
+        kind=HolderKind.DEVICE,
+        nic_bytes_per_s=nic_bytes_per_s(node),
+        read_bytes_per_s=INSIDE_NODE_BYTES_PER_S,
+        leaving=replica.state is not ReplicaState.SERVING,
+    )
+
+
+def _agent_holder(node: Node, kind: HolderKind, read_bytes_per_s: float) -> Holder:
+    return Holder(
+        peer=node.peer,
+        node=node.name,
+        leaf=node.leaf,
+        kind=kind,
+        nic_bytes_per_s=nic_bytes_per_s(node),
+        read_bytes_per_s=read_bytes_per_s or ASSUMED_DISK_BYTES_PER_S,
+    )
+
+
+def feed(
+    *,
+    model: ModelService,
+    policy: ScalePolicy,
+    snapshot: Snapshot,
+    resolved: Resolved,
+    replicas: Sequence[Replica],
+    live_sources: Mapping[str, str],
+) -> tuple[list[Action], str]:
+    """Transfers for the replicas that need one, and who cannot be fed now."""
+    hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name))}
+    if not hungry:
+        return [], ""
+    by_id = {replica.replica_id: replica for replica in replicas}
+    running = [
+        Running(target=target, upstream=r.transfer.upstream)
+        for r in replicas
+        if r.arriving and r.transfer is not None and r.replica_id not in hungry
+        if (target := _target(r, snapshot)) is not None
+    ]
+    sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
+    plan = plan_multicast(
+        holders=holders_of(snapshot, resolved.digest),
+        targets=[t for i in hungry if (t := _target(by_id[i], snapshot)) is not None],
+        running=running,
+        checkpoint_bytes=resolved.nbytes,
+        serving=bool(sources),
+    )
+    shared = {t: s for t, s in live_sources.items() if t in by_id and by_id[t].arriving}
+    actions: list[Action] = []
+    for hop in plan.hops:
+        source = _choose_live_source(hop, sources, shared)
+        if source is not None:
+            shared[hop.target] = source.replica_id
+        why = f"{hungry[hop.target]}; {hop.why}; {hop.live_reason}"
+        actions.append(_transfer(by_id[hop.target], hop, source, resolved, at=snapshot.at, why=why))
+    unfed = f"nobody can feed {', '.join(plan.unfed)}" if plan.unfed else ""
+    return actions, unfed
+
+
+def _need(replica: Replica, snapshot: Snapshot, model: str) -> str:
+    """Why a replica wants a (new) transfer; empty when it does not."""
+    node = snapshot.node(replica.node)
+    if not replica.arriving or replica.pending or node is None or not node.fresh:
+        return ""
+    transfer = replica.transfer
+    if transfer is None:
+        return "nothing feeds it yet"
+    if snapshot.at * 1000 - transfer.generation < REPLACE_AFTER_MS:
+        return ""
+    if transfer.stalled:
+        reason = transfer.failures[-1] if transfer.failures else "no upstream is left"
+        return f"it is stalled: {reason}"
+    if _is_gone(transfer.upstream, snapshot, model):
+        return f"its upstream {transfer.upstream} is gone"
+    return ""
+
+
+def _is_gone(upstream: str, snapshot: Snapshot, model: str) -> bool:
+    """Whether an upstream is known not to exist; names of unknown form are left alone (a node's own disk)."""
+    node = snapshot.node(upstream)
+    if node is not None:
+        return node.health is NodeHealth.LOST
+    if re.fullmatch(re.escape(model) + r"-[0-9a-z]{6}", upstream) is None:
+        return False
+    return all(r.replica_id != upstream or r.state is ReplicaState.FAILED for r in snapshot.replicas(model))
+
+
+def _target(replica: Replica, snapshot: Snapshot) -> Target | None:
+    node = snapshot.node(replica.node)
+    if node is None or not node.fresh or replica.pending:
+        return None
+    return Target(peer=replica.peer, node=node.name, leaf=node.leaf, nic_bytes_per_s=nic_bytes_per_s(node))
+
+
+def _live_sources(replicas: Sequence[Replica], snapshot: Snapshot) -> list[Replica]:
+    """Complete replicas that take requests and answer now: they can share their queue."""
+    return [
+        r
+        for r in replicas
+        if r.state is ReplicaState.SERVING
+        and not r.pending
+        and (node := snapshot.node(r.node)) is not None
+        and node.fresh
+    ]
+
+
+def _choose_live_source(hop: Hop, sources: Sequence[Replica], shared: Mapping[str, str]) -> Replica | None:
+    """Who shares its queue with a target: the one it has, else the one with fewest targets and most waiting."""
+    if not hop.live:
+        return None
+    users = [source for target, source in shared.items() if target != hop.target]
+    mine = shared.get(hop.target, "")
+
+    def order(source: Replica) -> tuple[bool, int, int, str]:
+        return (
+            source.replica_id != mine,
+            users.count(source.replica_id),
+            -source.requests_waiting,
+            source.replica_id,
+        )
+
+    return min(sources, key=order, default=None)
+
+
+def segment_order(layers: int, *, live: bool) -> tuple[int, ...]:
+    """Layers first for a live target: its source hands over hidden states after the embedding. Else in order."""
+    if live:
+        return (*range(1, layers + 1), 0, layers + 1)
+    return tuple(range(layers + 2))
+
+
+def _transfer(
+    replica: Replica, hop: Hop, source: Replica | None, resolved: Resolved, *, at: float, why: str
+) -> StartTransfer:
+    before = replica.transfer.generation if replica.transfer is not None else 0
+    return StartTransfer(
+        node=replica.node,
+        model=replica.model,
+        replica_id=replica.replica_id,
+        transfer_id=f"{replica.replica_id}-t",
+        generation=max(int(at * 1000), before + 1),
+        upstreams=(hop.upstream, *hop.alternatives),
+        segment_order=segment_order(resolved.layers, live=source is not None),
+        live_source=source.peer if source is not None else None,
+        why=why,
+    )

@@ -1,0 +1,189 @@
+"""Which devices get the next replicas, and which node prepares a checkpoint: pure, with reasons.
+
+A device qualifies when its worker is warm and idle and the parameters fit. Among those, the one whose parameters
+arrive soonest wins (ServerlessLLM, OSDI'24: start-up-time-optimised placement), estimated over the
+three ways they can come: from a peer, from the node's own disk, from the origin.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+from layercast_operator.multicast import (
+    ASSUMED_DISK_BYTES_PER_S,
+    ASSUMED_NIC_BYTES_PER_S,
+    INSIDE_NODE_BYTES_PER_S,
+    Holder,
+    HolderKind,
+)
+from layercast_operator.snapshot import Node, Snapshot
+
+# A hub or an object store over the internet; only ranks "nobody near has it" last.
+ASSUMED_ORIGIN_BYTES_PER_S = 50e6
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Place:
+    """A device for a replica."""
+
+    node: str
+    device_id: str
+    predicted_s: float
+    why: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placements:
+    """As many places as were asked for and exist; `missing` says why there are not more."""
+
+    places: tuple[Place, ...]
+    missing: str
+
+
+def nic_bytes_per_s(node: Node) -> float:
+    """Rate of a node's network in either direction; an assumption where it tells none."""
+    return float(node.egress_bytes_per_s or ASSUMED_NIC_BYTES_PER_S)
+
+
+def disk_bytes_per_s(node: Node) -> float:
+    """Rate of a node's disk; an assumption where it is not measured."""
+    return float(node.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S)
+
+
+def capacity(snapshot: Snapshot, *, model: str, checkpoint_bytes: int) -> int | None:
+    """Devices that hold a replica of `model` or could; None while a node has not been seen yet."""
+    if snapshot.unseen:
+        return None
+    owner = {r.replica_id: r.model for r in snapshot.replicas()}
+    return sum(
+        1
+        for node in snapshot.present
+        for device in node.devices
+        if device.memory_bytes >= checkpoint_bytes
+        and not device.error
+        and owner.get(device.replica_id, model) == model
+    )
+
+
+def place_replicas(
+    snapshot: Snapshot,
+    *,
+    count: int,
+    checkpoint_bytes: int,
+    holders: Sequence[Holder],
+    avoid: Collection[str],
+    taken: Collection[tuple[str, str]] = (),
+) -> Placements:
+    """Up to `count` idle devices, soonest parameters first.
+
+    `avoid` names nodes that are in back-off, `taken` (node, device) pairs promised in this pass.
+    """
+    chosen: list[Place] = []
+    used = set(taken)
+    while len(chosen) < count:
+        offers = _offers(snapshot, used, avoid, checkpoint_bytes, holders)
+        if not offers:
+            break
+        best = min(offers, key=lambda offer: offer[0])[1]
+        chosen.append(best)
+        used.add((best.node, best.device_id))
+    missing = ""
+    if len(chosen) < count:
+        missing = _missing(snapshot, used, avoid, checkpoint_bytes)
+    return Placements(places=tuple(chosen), missing=missing)
+
+
+def _offers(
+    snapshot: Snapshot,
+    used: Collection[tuple[str, str]],
+    avoid: Collection[str],
+    checkpoint_bytes: int,
+    holders: Sequence[Holder],
+) -> list[tuple[tuple[float, int, str, str], Place]]:
+    """Every device that qualifies with its rank: seconds, crowding of its node, names."""
+    offers: list[tuple[tuple[float, int, str, str], Place]] = []
+    for node in snapshot.nodes:
+        if not node.fresh or node.name in avoid:
+            continue
+        seconds, way = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders)
+        crowd = sum(1 for d in node.devices if d.replica_id or (node.name, d.device_id) in used)
+        for device in node.devices:
+            if not device.idle or (node.name, device.device_id) in used:
+                continue
+            if device.memory_bytes < checkpoint_bytes:
+                continue
+            why = f"parameters in about {seconds:.1f} s {way}"
+            place = Place(node=node.name, device_id=device.device_id, predicted_s=seconds, why=why)
+            # Tenths of a second: a difference below that is noise, and spreading over nodes is worth more.
+            offers.append(((round(seconds, 1), crowd, node.name, device.device_id), place))
+    return offers
+
+
+def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) -> tuple[float, str]:
+    """Seconds until the parameters could be on `node`, and by which way."""
+    ways = [(checkpoint_bytes / ASSUMED_ORIGIN_BYTES_PER_S, "from the origin")]
+    for holder in holders:
+        if holder.node == node.name and holder.kind is not HolderKind.DEVICE:
+            ways.append((checkpoint_bytes / holder.read_bytes_per_s, "from its own disk"))
+            continue
+        rate = INSIDE_NODE_BYTES_PER_S
+        if holder.node != node.name:
+            rate = min(holder.nic_bytes_per_s, nic_bytes_per_s(node))
+        rate = min(rate, holder.read_bytes_per_s)
+        ways.append((checkpoint_bytes / rate, f"from {holder.peer.peer_id}"))
+    return min(ways)
+
+
+def _missing(
+    snapshot: Snapshot, used: Collection[tuple[str, str]], avoid: Collection[str], checkpoint_bytes: int
+) -> str:
+    """Why there is no further device, in words: the nearest to usable first."""
+    reasons: dict[str, int] = {}
+    for node in snapshot.nodes:
+        for device in node.devices:
+            reason = _unfit(node, device.device_id, used, avoid, checkpoint_bytes)
+            reasons[reason] = reasons.get(reason, 0) + 1
+    listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
+    return f"no idle device: {listed}" if listed else "no device is known"
+
+
+def _unfit(
+    node: Node,
+    device_id: str,
+    used: Collection[tuple[str, str]],
+    avoid: Collection[str],
+    checkpoint_bytes: int,
+) -> str:
+    device = next(d for d in node.devices if d.device_id == device_id)
+    if not node.fresh:
+        return f"on a node that is {node.health.value.lower()}"
+    if device.replica_id or (node.name, device_id) in used:
+        return "occupied"
+    if device.error:
+        return f"broken ({device.error})"
+    if device.memory_bytes < checkpoint_bytes:
+        return f"too small (the parameters take {checkpoint_bytes / 1e6:.0f} MB)"
+    if node.name in avoid:
+        return "waiting after a failure"
+    return device.worker_state.value.lower()
+
+
+def choose_preparer(
+    snapshot: Snapshot, *, failures: Mapping[str, int], avoid: Collection[str]
+) -> tuple[str, str] | None:
+    """The node that fetches and packs a checkpoint which nobody has, and why; None when there is none now.
+
+    The first replica will load from its disk, so a node with an idle device comes first, then the one with the
+    most device memory free; nodes that failed at it come last.
+    """
+
+    def order(node: Node) -> tuple[int, int, str]:
+        free = sum(device.memory_bytes for device in node.devices if device.idle)
+        return (failures.get(node.name, 0), -free, node.name)
+
+    able = [node for node in snapshot.nodes if node.fresh and node.name not in avoid]
+    if not able:
+        return None
+    best = min(able, key=order)
+    return best.name, "nobody holds the checkpoint; this node has the most idle device memory"

@@ -1,0 +1,313 @@
+"""One pass for one model: from what is seen to what to do next, with reasons. Pure.
+
+A plan is never stored. Each pass looks at everything and plans only what is still missing, so a command that was
+lost, or a crash at any line, costs one more pass; a plan that took effect is not planned again.
+
+Order matters only for reading: free what is broken, find the checkpoint, shrink, grow, feed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+
+from layercast_operator.actions import (
+    Action,
+    DrainReplica,
+    PrepareCheckpoint,
+    StartReplica,
+    StopReplica,
+)
+from layercast_operator.feeding import feed, holders_of
+from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.multicast import Holder, HolderKind
+from layercast_operator.placement import choose_preparer, place_replicas
+from layercast_operator.snapshot import CheckpointState, Node, PeerRef, Replica, ReplicaState, Snapshot
+from layercast_operator.state import ModelMemory, Resolved, resting
+
+# For replicas whose ModelService is gone, and with it its grace.
+ORPHAN_GRACE_S = 20.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PlanInput:
+    """Everything that a plan depends on."""
+
+    model: ModelService
+    policy: ScalePolicy
+    target: int
+    """Replicas wanted, within what devices can hold."""
+    snapshot: Snapshot
+    memory: ModelMemory
+    new_id: Callable[[], str]
+    """Six characters of base 36, new each time."""
+    taken: Collection[tuple[str, str]] = ()
+    """(node, device) pairs promised to other models in this pass."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What to do now, and what stands in the way of more."""
+
+    actions: tuple[Action, ...] = ()
+    blocked: str = ""
+    """Why the wanted replicas cannot be started, in words; empty when nothing hinders."""
+
+
+def plan(given: PlanInput) -> Plan:
+    """The next step of one model."""
+    replicas = given.snapshot.replicas(given.model.name)
+    actions: list[Action] = [*_stop_finished(given, replicas)]
+    if given.snapshot.unseen:
+        return Plan(actions=tuple(actions), blocked=f"waits for {', '.join(given.snapshot.unseen)} to answer")
+    resolved = given.memory.resolved
+    holders = [] if resolved is None else holders_of(given.snapshot, resolved.digest)
+    if resolved is None or not holders:
+        prepared, blocked = _prepare(given)
+        return Plan(actions=(*actions, *prepared), blocked=blocked)
+    leaving, blocked = _shrink(given, resolved, replicas, holders)
+    actions += leaving
+    gone = {action.subject for action in leaving}
+    stays = [r for r in replicas if r.active and r.digest == resolved.digest and r.replica_id not in gone]
+    started, missing = _grow(given, resolved, stays, holders)
+    actions += started
+    fed, unfed = feed(
+        model=given.model,
+        policy=given.policy,
+        snapshot=given.snapshot,
+        resolved=resolved,
+        replicas=stays,
+        live_sources=given.memory.live_sources,
+    )
+    actions += fed
+    return Plan(actions=tuple(actions), blocked="; ".join(filter(None, (blocked, missing, unfed))))
+
+
+def plan_orphans(snapshot: Snapshot, models: Collection[str]) -> Plan:
+    """Drain and stop replicas whose ModelService is gone."""
+    if snapshot.unseen:
+        return Plan()
+    actions: list[Action] = []
+    for replica in snapshot.replicas():
+        if replica.model in models or replica.pending or not _fresh(snapshot, replica):
+            continue
+        why = f"ModelService {replica.model} is gone"
+        if replica.state in {ReplicaState.SERVING, ReplicaState.LIVE}:
+            actions.append(_drain(replica, ORPHAN_GRACE_S, why))
+        elif replica.state is not ReplicaState.DRAINING:
+            actions.append(_stop(replica, why))
+    return Plan(actions=tuple(actions))
+
+
+def _fresh(snapshot: Snapshot, replica: Replica) -> bool:
+    node = snapshot.node(replica.node)
+    return node is not None and node.fresh
+
+
+def _stop(replica: Replica, why: str, *, failed: bool = False) -> StopReplica:
+    return StopReplica(
+        node=replica.node, model=replica.model, replica_id=replica.replica_id, failed=failed, why=why
+    )
+
+
+def _drain(replica: Replica, grace_s: float, why: str) -> DrainReplica:
+    return DrainReplica(
+        node=replica.node, model=replica.model, replica_id=replica.replica_id, grace_s=grace_s, why=why
+    )
+
+
+def _stop_finished(given: PlanInput, replicas: Sequence[Replica]) -> list[Action]:
+    """Free the devices of replicas that failed or are drained."""
+    actions: list[Action] = []
+    for replica in replicas:
+        if replica.pending or not _fresh(given.snapshot, replica):
+            continue
+        if replica.state is ReplicaState.FAILED:
+            actions.append(_stop(replica, f"it failed: {replica.error or 'no reason given'}", failed=True))
+        elif replica.state is ReplicaState.DRAINED and not _still_needed(replica, given.snapshot):
+            actions.append(_stop(replica, "it is drained"))
+    return actions
+
+
+def _still_needed(replica: Replica, snapshot: Snapshot) -> bool:
+    """It is the last complete copy and others load: they could not finish without it."""
+    others = [h for h in holders_of(snapshot, replica.digest) if h.peer.peer_id != replica.replica_id]
+    if others:
+        return False
+    return any(
+        r.arriving and r.digest == replica.digest and not r.pending
+        for r in snapshot.replicas(replica.model)
+        if r.replica_id != replica.replica_id
+    )
+
+
+def _prepare(given: PlanInput) -> tuple[list[Action], str]:
+    """Have one node fetch and pack the checkpoint, unless one is at it."""
+    model, memory, now = given.model, given.memory, given.snapshot.at
+    if now < memory.refused_until:
+        return [], "the source was refused; it is tried again after a rest or an edit"
+    for node in given.snapshot.present:
+        if not node.fresh and _holds(node, memory.resolved):
+            return [], f"waits for {node.name} to answer"
+        for checkpoint in node.checkpoints:
+            if checkpoint.key != model.model.key:
+                continue
+            if checkpoint.state in {CheckpointState.FETCHING, CheckpointState.PACKING}:
+                return [], f"{node.name} prepares the checkpoint"
+            if checkpoint.state is CheckpointState.READY and checkpoint.on_disk:
+                return [], f"waits for {node.name} to answer"
+    failures = {node: backoff.failures for node, backoff in memory.prepare_backoffs.items()}
+    chosen = choose_preparer(given.snapshot, failures=failures, avoid=resting(memory.prepare_backoffs, now))
+    if chosen is None:
+        return [], "no node can prepare the checkpoint now"
+    node_name, why = chosen
+    action = PrepareCheckpoint(
+        node=node_name,
+        model=model.name,
+        key=model.model.key,
+        source=model.model.source,
+        revision=model.model.revision,
+        dtype=model.model.dtype,
+        why=why,
+    )
+    return [action], f"{node_name} prepares the checkpoint"
+
+
+def _holds(node: Node, resolved: Resolved | None) -> bool:
+    return resolved is not None and any(r.complete and r.digest == resolved.digest for r in node.replicas)
+
+
+def _shrink(
+    given: PlanInput, resolved: Resolved, replicas: Sequence[Replica], holders: Sequence[Holder]
+) -> tuple[list[Action], str]:
+    """Let surplus replicas go, and those of an older checkpoint once newer ones serve."""
+    current = [r for r in replicas if r.active and r.digest == resolved.digest]
+    surplus = max(len(current) - given.target, 0)
+    victims = [(r, f"{len(current)} replicas, {given.target} wanted") for r in _victims(current, surplus)]
+    victims += [(r, "of an older checkpoint") for r in _outdated(given, resolved, replicas)]
+    gone: set[str] = set()
+    actions: list[Action] = []
+    for replica, why in victims:
+        if replica.pending or not _fresh(given.snapshot, replica):
+            continue
+        if replica.digest == resolved.digest and _last_copy(replica, current, holders, gone, given.target):
+            blocked = f"{replica.replica_id} stays for now: it is the last complete copy"
+            prepared = _pool_copy(given, holders)
+            return [*actions, *prepared], blocked
+        gone.add(replica.replica_id)
+        if replica.state is ReplicaState.LOADING:
+            actions.append(_stop(replica, f"{why}; it has not begun to serve"))
+        else:
+            actions.append(_drain(replica, given.model.drain_grace_s, why))
+    return actions, ""
+
+
+def _victims(current: Sequence[Replica], surplus: int) -> list[Replica]:
+    """Which replicas go: those that do not serve yet, then the emptiest, then the newest."""
+
+    def order(replica: Replica) -> tuple[bool, int, float, str]:
+        assigned_at = replica.timeline.assigned_at
+        age = -(assigned_at if assigned_at is not None else float("inf"))
+        return (replica.state is ReplicaState.SERVING, replica.requests, age, replica.replica_id)
+
+    return sorted(current, key=order)[:surplus]
+
+
+def _outdated(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]) -> list[Replica]:
+    """Old replicas that may go now: one for each new one that serves, or one when there is no other device."""
+    old = [r for r in replicas if r.active and r.digest != resolved.digest]
+    if not old:
+        return []
+    new = [r for r in replicas if r.active and r.digest == resolved.digest]
+    serving = sum(1 for r in new if r.state is ReplicaState.SERVING)
+    not_yet = [r for r in old if r.state is ReplicaState.LOADING]
+    keep = max(given.target - serving, 0)
+    count = max(len(old) - keep, len(not_yet))
+    leaving = any(r.state in {ReplicaState.DRAINING, ReplicaState.DRAINED} for r in replicas)
+    # A new one that failed already must not cost another old one its place.
+    healthy = not given.memory.start_backoffs and given.snapshot.at >= given.memory.refused_until
+    if healthy and count == 0 and not leaving and len(new) == serving and given.target > serving:
+        room = place_replicas(
+            given.snapshot,
+            count=1,
+            checkpoint_bytes=resolved.nbytes,
+            holders=(),
+            avoid=resting(given.memory.start_backoffs, given.snapshot.at),
+            taken=given.taken,
+        )
+        count = 0 if room.places else 1
+    return _victims(old, count)
+
+
+def _last_copy(
+    replica: Replica,
+    current: Sequence[Replica],
+    holders: Sequence[Holder],
+    gone: Collection[str],
+    target: int,
+) -> bool:
+    """Without it nobody would have the checkpoint, or those that still load could not finish."""
+    if not replica.complete:
+        return False
+    others = [h for h in holders if h.peer.peer_id != replica.replica_id and h.peer.peer_id not in gone]
+    loading = [r for r in current if r.arriving and r.replica_id not in gone and not r.pending]
+    device_left = any(h.kind is HolderKind.DEVICE and not h.leaving for h in others)
+    if loading and target > 0 and not device_left:
+        return True
+    return not others
+
+
+def _pool_copy(given: PlanInput, holders: Sequence[Holder]) -> list[Action]:
+    """A copy outside of devices must exist before the last device gives its own up."""
+    if any(h.kind is not HolderKind.DEVICE for h in holders):
+        return []
+    return _prepare(given)[0]
+
+
+def _grow(
+    given: PlanInput, resolved: Resolved, stays: Sequence[Replica], holders: Sequence[Holder]
+) -> tuple[list[Action], str]:
+    """Start what is missing on the devices that get their parameters soonest."""
+    count = given.target - len(stays)
+    if count <= 0:
+        return [], ""
+    if given.snapshot.at < given.memory.refused_until:
+        return [], "a node refused the model; it is tried again after a rest or an edit"
+    placed = place_replicas(
+        given.snapshot,
+        count=count,
+        checkpoint_bytes=resolved.nbytes,
+        holders=holders,
+        avoid=resting(given.memory.start_backoffs, given.snapshot.at),
+        taken=given.taken,
+    )
+    actions: list[Action] = [
+        StartReplica(
+            node=place.node,
+            model=given.model.name,
+            replica_id=f"{given.model.name}-{given.new_id()}",
+            digest=resolved.digest,
+            device_id=place.device_id,
+            context_length_max=context_length(given.model, resolved),
+            batch_size_max=given.model.batch_size,
+            manifest_peer=_manifest_peer(place.node, holders),
+            why=f"{len(stays)} of {given.target} replicas are there or on their way; {place.why}",
+        )
+        for place in placed.places
+    ]
+    return actions, placed.missing
+
+
+def context_length(model: ModelService, resolved: Resolved) -> int:
+    """Longest sequence: what is asked for, within what the model was made for."""
+    limits = [n for n in (model.context_length, resolved.context_length_max) if n > 0]
+    return min(limits, default=0)
+
+
+def _manifest_peer(node: str, holders: Sequence[Holder]) -> PeerRef | None:
+    """Who tells the manifest: nobody when the node's disk has it, else a complete copy, devices first."""
+    if any(h.node == node and h.kind is not HolderKind.DEVICE for h in holders):
+        return None
+    kinds = list(HolderKind)
+    best = min(holders, key=lambda h: (kinds.index(h.kind), h.leaving, h.peer.peer_id), default=None)
+    return best.peer if best is not None else None

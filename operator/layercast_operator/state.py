@@ -1,0 +1,335 @@
+"""The little that is remembered between passes, and how it changes: values in, values out.
+
+Everything here can be forgotten: after a restart it is rebuilt from what is observed, at the price of waiting (a
+full window before anything shrinks, no back-off left over). Nothing here is needed to find a replica.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+from layercast_operator.actions import (
+    Action,
+    DrainReplica,
+    PrepareCheckpoint,
+    StartReplica,
+    StartTransfer,
+    StopReplica,
+)
+from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.policy import Rule
+from layercast_operator.snapshot import CheckpointState, Replica, ReplicaState, Snapshot
+
+SCALES_MAX = 20
+ERRORS_MAX = 5
+ERROR_AGE_MAX_S = 60.0
+BACKOFF_FIRST_S = 1.0
+BACKOFF_MAX_S = 60.0
+# A whole model rests when an agent says that asking again cannot help.
+REFUSED_REST_S = 30.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Resolved:
+    """What `spec.model` turned out to be."""
+
+    key: str
+    digest: str
+    segment_bytes: tuple[int, ...]
+    context_length_max: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all segments."""
+        return sum(self.segment_bytes)
+
+    @property
+    def layers(self) -> int:
+        """Transformer layers: every segment but embed and head."""
+        return max(len(self.segment_bytes) - 2, 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaledReplica:
+    """One replica that a decision brought, and when what happened to it."""
+
+    replica_id: str
+    node: str
+    source: str = ""
+    assigned_at: float | None = None
+    first_segment_at: float | None = None
+    first_layer_at: float | None = None
+    first_token_at: float | None = None
+    complete_at: float | None = None
+    bytes_per_s: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScaleRecord:
+    """One change of the number of replicas, with its reason and what came of it."""
+
+    decided_at: float
+    replicas_from: int
+    replicas_to: int
+    reason: str
+    rule: str
+    policy: str
+    replicas: tuple[ScaledReplica, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Backoff:
+    """Rest after a failure."""
+
+    failures: int
+    until: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecentError:
+    """A command that failed."""
+
+    at: float
+    node: str
+    text: str
+    refused: bool
+    """Asking again cannot help: what was asked for is wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConditionMemory:
+    """A condition as it was last reported, to know when it changes."""
+
+    status: str
+    since: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMemory:
+    """What is remembered of one model."""
+
+    generation: int = 0
+    target: int | None = None
+    """Replicas wanted; None until the first decision of this process."""
+    spec_replicas: int | None = None
+    below_since: float | None = None
+    below_at: int | None = None
+    """For which number of replicas `below_since` holds."""
+    prefill_tokens_per_s: float | None = None
+    load_time_s: float | None = None
+    resolved: Resolved | None = None
+    scales: tuple[ScaleRecord, ...] = ()
+    prepare_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
+    start_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
+    live_sources: Mapping[str, str] = field(default_factory=dict)
+    """Live target to the replica whose queue it shares."""
+    errors: tuple[RecentError, ...] = ()
+    refused_until: float = 0.0
+    conditions: Mapping[str, ConditionMemory] = field(default_factory=dict)
+
+
+def resting(backoffs: Mapping[str, Backoff], now: float) -> frozenset[str]:
+    """Nodes that are in back-off."""
+    return frozenset(node for node, backoff in backoffs.items() if backoff.until > now)
+
+
+def _failed(backoffs: Mapping[str, Backoff], node: str, now: float) -> dict[str, Backoff]:
+    failures = backoffs[node].failures + 1 if node in backoffs else 1
+    rest_s = min(BACKOFF_FIRST_S * 2.0 ** (failures - 1), BACKOFF_MAX_S)
+    return {**backoffs, node: Backoff(failures=failures, until=now + rest_s)}
+
+
+def observe(memory: ModelMemory, model: ModelService, snapshot: Snapshot) -> ModelMemory:
+    """Take in what a new snapshot tells."""
+    now = snapshot.at
+    replicas = snapshot.replicas(model.name)
+    if memory.generation != model.generation:
+        # What was refused or failed may have been mended by the edit.
+        memory = replace(
+            memory, generation=model.generation, prepare_backoffs={}, start_backoffs={}, refused_until=0.0
+        )
+    ids = {replica.replica_id for replica in replicas}
+    serving = [replica for replica in replicas if replica.state is ReplicaState.SERVING]
+    good = {replica.node for replica in serving}
+    return replace(
+        memory,
+        resolved=resolve(model, snapshot, memory.resolved),
+        prefill_tokens_per_s=_prefill_rate(serving) or memory.prefill_tokens_per_s,
+        load_time_s=_load_time_s(serving) or memory.load_time_s,
+        scales=tuple(_refreshed(record, replicas) for record in memory.scales),
+        start_backoffs={n: b for n, b in memory.start_backoffs.items() if n not in good or b.until > now},
+        prepare_backoffs={
+            n: b for n, b in memory.prepare_backoffs.items() if not _is_ready(snapshot, n, model.model.key)
+        },
+        live_sources={t: s for t, s in memory.live_sources.items() if t in ids},
+        errors=tuple(error for error in memory.errors if now - error.at < ERROR_AGE_MAX_S),
+    )
+
+
+def _is_ready(snapshot: Snapshot, node_name: str, key: str) -> bool:
+    node = snapshot.node(node_name)
+    checkpoints = node.checkpoints if node is not None else ()
+    return any(c.key == key and c.state is CheckpointState.READY for c in checkpoints)
+
+
+def resolve(model: ModelService, snapshot: Snapshot, before: Resolved | None) -> Resolved | None:
+    """The checkpoint of `spec.model`; None until some node has packed it.
+
+    Two nodes can hold different digests for one key when the source changed in between. Then what was resolved
+    before stays, else what most replicas use, else the smallest name: any choice does, if it is always the same.
+    """
+    key = model.model.key
+    ready = {
+        c.digest: c
+        for node in snapshot.present
+        for c in node.checkpoints
+        if c.key == key and c.digest and c.state is CheckpointState.READY
+    }
+    known = before if before is not None and before.key == key else None
+    if not ready or (known is not None and known.digest in ready):
+        return known
+    users = [replica.digest for replica in snapshot.replicas(model.name)]
+    digest = min(ready, key=lambda d: (-users.count(d), d))
+    found = ready[digest]
+    return Resolved(
+        key=key,
+        digest=digest,
+        segment_bytes=found.segment_bytes,
+        context_length_max=found.context_length_max,
+    )
+
+
+def _prefill_rate(serving: Iterable[Replica]) -> float | None:
+    rates = [r.prefill_tokens_per_s for r in serving if r.prefill_tokens_per_s > 0]
+    return sum(rates) / len(rates) if rates else None
+
+
+def _load_time_s(serving: Iterable[Replica]) -> float | None:
+    spans = [
+        r.timeline.complete_at - r.timeline.assigned_at
+        for r in serving
+        if r.timeline.complete_at is not None and r.timeline.assigned_at is not None
+    ]
+    return max(spans, default=None)
+
+
+def _refreshed(record: ScaleRecord, replicas: Iterable[Replica]) -> ScaleRecord:
+    by_id = {replica.replica_id: replica for replica in replicas if not replica.pending}
+    scaled = tuple(
+        _refreshed_replica(entry, by_id[entry.replica_id]) if entry.replica_id in by_id else entry
+        for entry in record.replicas
+    )
+    return record if scaled == record.replicas else replace(record, replicas=scaled)
+
+
+def _refreshed_replica(entry: ScaledReplica, replica: Replica) -> ScaledReplica:
+    seen = replica.timeline
+    transfer = replica.transfer
+    return ScaledReplica(
+        replica_id=entry.replica_id,
+        node=entry.node,
+        source=(transfer.upstream if transfer is not None else "") or entry.source,
+        assigned_at=seen.assigned_at or entry.assigned_at,
+        first_segment_at=seen.first_segment_at or entry.first_segment_at,
+        first_layer_at=seen.first_layer_at or entry.first_layer_at,
+        first_token_at=seen.first_token_at or entry.first_token_at,
+        complete_at=seen.complete_at or entry.complete_at,
+        bytes_per_s=(transfer.bytes_per_s if transfer is not None else 0) or entry.bytes_per_s,
+    )
+
+
+def with_target(
+    memory: ModelMemory,
+    *,
+    target: int,
+    replicas_from: int,
+    reason: str,
+    rule: Rule,
+    policy: ScalePolicy,
+    now: float,
+) -> ModelMemory:
+    """A new number of replicas: the window starts anew, and the change is written down."""
+    memory = replace(memory, target=target, below_since=None, below_at=None)
+    if target == replicas_from:
+        return memory
+    record = ScaleRecord(
+        decided_at=now,
+        replicas_from=replicas_from,
+        replicas_to=target,
+        reason=reason,
+        rule=rule.value,
+        policy=policy.value,
+    )
+    return replace(memory, scales=(*memory.scales, record)[-SCALES_MAX:])
+
+
+def after_actions(
+    memory: ModelMemory, actions: Iterable[Action], *, policy: ScalePolicy, now: float
+) -> ModelMemory:
+    """Remember what was asked for: who started for which decision, who shares whose queue, who rests."""
+    for action in actions:
+        match action:
+            case PrepareCheckpoint():
+                memory = replace(memory, prepare_backoffs=_failed(memory.prepare_backoffs, action.node, now))
+            case StartReplica():
+                memory = _with_started(memory, action, policy, now)
+            case StartTransfer():
+                memory = _with_transfer(memory, action)
+            case StopReplica(failed=True):
+                memory = replace(memory, start_backoffs=_failed(memory.start_backoffs, action.node, now))
+            case StopReplica() | DrainReplica():
+                pass
+    return memory
+
+
+def _with_started(memory: ModelMemory, action: StartReplica, policy: ScalePolicy, now: float) -> ModelMemory:
+    """Attach the replica to the decision that it follows, or write down a repair."""
+    started = ScaledReplica(replica_id=action.replica_id, node=action.node)
+    last = memory.scales[-1] if memory.scales else None
+    open_places = 0 if last is None else last.replicas_to - last.replicas_from - len(last.replicas)
+    same_pass = last is not None and last.rule == Rule.REPAIR.value and last.decided_at == now
+    if last is not None and (open_places > 0 or same_pass):
+        record = replace(last, replicas=(*last.replicas, started))
+        return replace(memory, scales=(*memory.scales[:-1], record))
+    target = memory.target or 0
+    record = ScaleRecord(
+        decided_at=now,
+        replicas_from=max(target - 1, 0),
+        replicas_to=target,
+        reason=action.why,
+        rule=Rule.REPAIR.value,
+        policy=policy.value,
+        replicas=(started,),
+    )
+    return replace(memory, scales=(*memory.scales, record)[-SCALES_MAX:])
+
+
+def _with_transfer(memory: ModelMemory, action: StartTransfer) -> ModelMemory:
+    upstream = action.upstreams[0]
+    source = action.node if upstream is None else upstream.peer_id
+    scales = tuple(
+        replace(
+            record,
+            replicas=tuple(
+                replace(e, source=source) if e.replica_id == action.replica_id else e for e in record.replicas
+            ),
+        )
+        for record in memory.scales
+    )
+    live_sources = {t: s for t, s in memory.live_sources.items() if t != action.replica_id}
+    if action.live_source is not None:
+        live_sources[action.replica_id] = action.live_source.peer_id
+    return replace(memory, scales=scales, live_sources=live_sources)
+
+
+def after_error(memory: ModelMemory, action: Action, *, code: str, text: str, now: float) -> ModelMemory:
+    """A command failed: remember it for status, and let its node rest where that helps."""
+    refused = code == "INVALID_ARGUMENT"
+    error = RecentError(at=now, node=action.node, text=text, refused=refused)
+    memory = replace(memory, errors=(*memory.errors, error)[-ERRORS_MAX:])
+    if refused:
+        return replace(memory, refused_until=now + REFUSED_REST_S)
+    if isinstance(action, StartReplica) and code != "ALREADY_EXISTS":
+        return replace(memory, start_backoffs=_failed(memory.start_backoffs, action.node, now))
+    return memory

@@ -1,0 +1,394 @@
+"""What is told about a ModelService: conditions, replicas, the last decisions. Pure: values to a JSON mapping.
+
+Conditions describe what is observed, never a transition, and each carries the generation of the specification
+that it was judged against. There is no phase. Every condition is set from the first pass on; Unknown is an answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from layercast_operator.feeding import holders_of
+from layercast_operator.modelservice import ModelService
+from layercast_operator.multicast import HolderKind
+from layercast_operator.policy import Rule
+from layercast_operator.snapshot import (
+    CheckpointState,
+    Replica,
+    ReplicaState,
+    Snapshot,
+)
+from layercast_operator.state import ConditionMemory, ModelMemory, ScaledReplica, ScaleRecord
+from layercast_operator.turn import Turn
+
+# How many replicas are listed: the rest is counted.
+REPLICAS_LISTED_MAX = 256
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Condition:
+    """One statement: is it so, why in one word for machines, why in words for people."""
+
+    type: str
+    status: str
+    """True, False or Unknown."""
+    reason: str
+    message: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """The status of one ModelService and the memory that knows when its conditions changed."""
+
+    status: Mapping[str, Any]
+    memory: ModelMemory
+    message: str
+    """Why no replica serves, in words; empty when one does."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Counts:
+    desired: int
+    serving: int
+    loading: int
+    draining: int
+
+
+def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str) -> Report:
+    """The status after a turn."""
+    replicas = snapshot.replicas(model.name)
+    memory = turn.memory
+    counts = _counts(replicas, memory, turn)
+    conditions = _conditions(model, snapshot, turn, counts)
+    memory = replace(memory, conditions=_changed(conditions, memory.conditions, snapshot.at))
+    scales = [_scale(record) for record in memory.scales]
+    advice = turn.recommendation
+    status: dict[str, Any] = {
+        "name": model.name,
+        "observedGeneration": model.generation,
+        "replicas": {
+            "desired": counts.desired,
+            "serving": counts.serving,
+            "loading": counts.loading,
+            "draining": counts.draining,
+        },
+        "conditions": _condition_list(conditions, memory.conditions, model.generation),
+        "replicaStatus": [_replica(r) for r in replicas[:REPLICAS_LISTED_MAX]],
+        "lastScale": scales[-1] if scales else None,
+        "scales": scales,
+        "recommendation": None
+        if advice is None
+        else {"replicas": advice.replicas, "rule": advice.rule.value, "reason": advice.reason},
+        "endpoint": endpoint,
+    }
+    message = "" if counts.serving else next(c.message for c in conditions if c.type == "Ready")
+    return Report(status=status, memory=memory, message=message)
+
+
+def report_invalid(
+    name: str, problem: str, *, before: Mapping[str, ConditionMemory], now: float
+) -> dict[str, Any]:
+    """The status of a file that never held a usable ModelService."""
+    conditions = [Condition(type="Ready", status="False", reason="InvalidSpec", message=problem)]
+    changed = _changed(conditions, before, now)
+    return {
+        "name": name,
+        "observedGeneration": 0,
+        "replicas": {"desired": 0, "serving": 0, "loading": 0, "draining": 0},
+        "conditions": _condition_list(conditions, changed, 0),
+        "replicaStatus": [],
+        "lastScale": None,
+        "scales": [],
+        "recommendation": None,
+        "endpoint": "",
+    }
+
+
+def _counts(replicas: Sequence[Replica], memory: ModelMemory, turn: Turn) -> _Counts:
+    leaving = {ReplicaState.DRAINING, ReplicaState.DRAINED}
+    return _Counts(
+        desired=memory.target if memory.target is not None else turn.decision.replicas,
+        serving=sum(1 for r in replicas if r.state is ReplicaState.SERVING),
+        loading=sum(1 for r in replicas if r.arriving),
+        draining=sum(1 for r in replicas if r.state in leaving),
+    )
+
+
+def _conditions(model: ModelService, snapshot: Snapshot, turn: Turn, counts: _Counts) -> list[Condition]:
+    resolved = _model_resolved(model, snapshot, turn)
+    weights = _weights_loaded(model, snapshot, turn, counts)
+    progressing = _progressing(model, turn, counts)
+    return [
+        _ready(model, counts, resolved, weights, turn),
+        _available(model, counts, weights),
+        progressing,
+        weights,
+        resolved,
+        _metrics_available(model, snapshot),
+        _host_copy(snapshot, turn),
+        _scaling_limited(turn),
+    ]
+
+
+def _ready(
+    model: ModelService, counts: _Counts, resolved: Condition, weights: Condition, turn: Turn
+) -> Condition:
+    if model.problem:
+        return Condition(type="Ready", status="False", reason="InvalidSpec", message=model.problem)
+    if resolved.status != "True":
+        return replace(resolved, type="Ready")
+    if counts.serving:
+        message = f"{counts.serving} of {counts.desired} replicas serve"
+        return Condition(type="Ready", status="True", reason="Serving", message=message)
+    if counts.desired == 0:
+        message = "scaled to zero; the first request starts a replica"
+        return Condition(type="Ready", status="True", reason="ScaledToZero", message=message)
+    message = turn.plan.blocked or weights.message
+    return Condition(type="Ready", status="False", reason="NoReplicaServes", message=message)
+
+
+def _available(model: ModelService, counts: _Counts, weights: Condition) -> Condition:
+    scaling = model.scaling
+    needed = min(scaling.replicas_min, counts.desired) if scaling is not None else min(1, counts.desired)
+    message = f"{counts.serving} replicas serve, at least {needed} must"
+    if counts.serving >= needed:
+        return Condition(type="Available", status="True", reason="MinimumServing", message=message)
+    return Condition(
+        type="Available", status="False", reason="TooFewServing", message=f"{message}; {weights.message}"
+    )
+
+
+def _progressing(model: ModelService, turn: Turn, counts: _Counts) -> Condition:
+    if counts.serving == counts.desired and not counts.loading and not counts.draining:
+        message = f"{counts.desired} replicas, as wanted"
+        return Condition(type="Progressing", status="False", reason="Settled", message=message)
+    errors = turn.memory.errors
+    if turn.plan.blocked and not counts.loading and not counts.draining:
+        last = f"; last error: {errors[-1].text}" if errors else ""
+        return Condition(
+            type="Progressing", status="False", reason="Blocked", message=f"{turn.plan.blocked}{last}"
+        )
+    message = (
+        f"{counts.serving} serve, {counts.loading} load, {counts.draining} drain; {counts.desired} wanted"
+    )
+    if errors:
+        message = f"{message}; last error: {errors[-1].text}"
+    reason = "Loading" if counts.loading else "Draining" if counts.draining else "Scaling"
+    return Condition(type="Progressing", status="True", reason=reason, message=message)
+
+
+def _weights_loaded(model: ModelService, snapshot: Snapshot, turn: Turn, counts: _Counts) -> Condition:
+    loading = [r for r in snapshot.replicas(model.name) if r.arriving]
+    if not loading and counts.serving:
+        message = f"{counts.serving} replicas hold all parameters"
+        return Condition(type="WeightsLoaded", status="True", reason="Loaded", message=message)
+    if not loading:
+        message = turn.plan.blocked or "no replica has been started"
+        return Condition(type="WeightsLoaded", status="False", reason="NoReplica", message=message)
+    parts = [f"{r.replica_id} {_share(r)} %" for r in loading[:8]]
+    message = f"parameters arrive: {', '.join(parts)}"
+    return Condition(type="WeightsLoaded", status="False", reason="Loading", message=message)
+
+
+def _share(replica: Replica) -> int:
+    transfer = replica.transfer
+    if transfer is None or not transfer.total_bytes:
+        return 0
+    return int(100 * transfer.done_bytes / transfer.total_bytes)
+
+
+def _model_resolved(model: ModelService, snapshot: Snapshot, turn: Turn) -> Condition:
+    refused = [e for e in turn.memory.errors if e.refused]
+    if refused:
+        return Condition(type="ModelResolved", status="False", reason="Refused", message=refused[-1].text)
+    resolved = turn.memory.resolved
+    if resolved is not None:
+        message = (
+            f"checkpoint {resolved.digest[:12]}, {resolved.nbytes / 1e6:.0f} MB, {resolved.layers} layers"
+        )
+        return Condition(type="ModelResolved", status="True", reason="Resolved", message=message)
+    failed = ""
+    for node in snapshot.present:
+        for checkpoint in node.checkpoints:
+            if checkpoint.key != model.model.key:
+                continue
+            if checkpoint.state is CheckpointState.FAILED:
+                failed = f"{node.name}: {checkpoint.error}"
+                continue
+            total = checkpoint.total_bytes
+            share = f" {100 * checkpoint.done_bytes // total} %" if total else ""
+            message = f"{node.name}: {checkpoint.state.value.lower()}{share}"
+            return Condition(type="ModelResolved", status="Unknown", reason="Preparing", message=message)
+    if failed:
+        return Condition(type="ModelResolved", status="False", reason="PrepareFailed", message=failed)
+    message = turn.plan.blocked or "not looked at yet"
+    return Condition(type="ModelResolved", status="Unknown", reason="Waiting", message=message)
+
+
+def _metrics_available(model: ModelService, snapshot: Snapshot) -> Condition:
+    demand = snapshot.demand.get(model.name)
+    if demand is None:
+        message = snapshot.demand_problem or "no gateway tells the demand; nothing is scaled down"
+        return Condition(type="MetricsAvailable", status="Unknown", reason="NoMetrics", message=message)
+    if not demand.complete:
+        message = f"{demand.problem or 'a gateway is silent'}; nothing is scaled down"
+        return Condition(type="MetricsAvailable", status="False", reason="Partial", message=message)
+    return Condition(
+        type="MetricsAvailable", status="True", reason="Fresh", message="all gateways tell their demand"
+    )
+
+
+def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:
+    resolved = turn.memory.resolved
+    if resolved is None:
+        return Condition(
+            type="HostCopyAvailable", status="Unknown", reason="NotResolved", message="no checkpoint yet"
+        )
+    places = {
+        kind: sorted({h.node for h in holders_of(snapshot, resolved.digest) if h.kind is kind})
+        for kind in HolderKind
+    }
+    if places[HolderKind.HOST]:
+        message = f"in host memory of {', '.join(places[HolderKind.HOST])}"
+        return Condition(type="HostCopyAvailable", status="True", reason="InHostMemory", message=message)
+    told = [f"on {kind.value} of {', '.join(nodes)}" for kind, nodes in places.items() if nodes]
+    message = f"none in host memory; {'; '.join(told)}" if told else "nobody holds a complete copy"
+    reason = "ElsewhereOnly" if told else "NoCopy"
+    return Condition(type="HostCopyAvailable", status="False", reason=reason, message=message)
+
+
+def _scaling_limited(turn: Turn) -> Condition:
+    if turn.decision.limited:
+        reason = "TooFewDevices" if "devices" in turn.decision.limited else "OutOfBounds"
+        return Condition(type="ScalingLimited", status="True", reason=reason, message=turn.decision.limited)
+    if turn.decision.rule is Rule.UNKNOWN:
+        return Condition(
+            type="ScalingLimited", status="Unknown", reason="DemandUnknown", message=turn.decision.reason
+        )
+    return Condition(
+        type="ScalingLimited", status="False", reason="WithinLimits", message=turn.decision.reason
+    )
+
+
+def _changed(
+    conditions: Sequence[Condition], before: Mapping[str, ConditionMemory], now: float
+) -> dict[str, ConditionMemory]:
+    """Since when each condition has its status."""
+    return {
+        c.type: before[c.type]
+        if c.type in before and before[c.type].status == c.status
+        else ConditionMemory(status=c.status, since=now)
+        for c in conditions
+    }
+
+
+def _condition_list(
+    conditions: Sequence[Condition], since: Mapping[str, ConditionMemory], generation: int
+) -> list[dict[str, Any]]:
+    return [
+        {
+            "type": c.type,
+            "status": c.status,
+            "reason": c.reason,
+            "message": c.message,
+            "observedGeneration": generation,
+            "lastTransitionTime": since[c.type].since,
+        }
+        for c in conditions
+    ]
+
+
+def _replica(replica: Replica) -> dict[str, Any]:
+    transfer = replica.transfer
+    return {
+        "replicaId": replica.replica_id,
+        "node": replica.node,
+        "device": replica.device_id,
+        "state": replica.state.value,
+        "layersResident": replica.layers_resident,
+        "layersTotal": replica.layers_total,
+        "source": transfer.upstream if transfer is not None else "",
+        "bytesPerSecond": transfer.bytes_per_s if transfer is not None else 0,
+        "doneBytes": transfer.done_bytes if transfer is not None else 0,
+        "totalBytes": transfer.total_bytes if transfer is not None else 0,
+        "requestsWaiting": replica.requests_waiting,
+        "requestsRunning": replica.requests_running,
+        "prefillTokensPerSecond": replica.prefill_tokens_per_s,
+        "handoffsGiven": replica.handoffs_given,
+        "handoffsTaken": replica.handoffs_taken,
+        "error": replica.error,
+    }
+
+
+def _scale(record: ScaleRecord) -> dict[str, Any]:
+    return {
+        "decidedAt": record.decided_at,
+        "from": record.replicas_from,
+        "to": record.replicas_to,
+        "reason": record.reason,
+        "rule": record.rule,
+        "policy": record.policy,
+        "replicas": [
+            {
+                "replicaId": r.replica_id,
+                "node": r.node,
+                "source": r.source,
+                "assignedAt": r.assigned_at,
+                "firstSegmentAt": r.first_segment_at,
+                "firstLayerAt": r.first_layer_at,
+                "firstTokenAt": r.first_token_at,
+                "completeAt": r.complete_at,
+                "bytesPerSecond": r.bytes_per_s,
+            }
+            for r in record.replicas
+        ],
+    }
+
+
+def memory_of(status: Mapping[str, Any]) -> ModelMemory:
+    """What an earlier process reported, as memory: for display only, nothing is decided from it.
+
+    Keeps the history of scales and the times of conditions over a restart. What cannot be read is left out.
+    """
+    scales: list[ScaleRecord] = []
+    for entry in status.get("scales") or ():
+        try:
+            scales.append(_scale_of(entry))
+        except (KeyError, TypeError, AttributeError):
+            continue
+    conditions: dict[str, ConditionMemory] = {}
+    for entry in status.get("conditions") or ():
+        try:
+            since = float(entry["lastTransitionTime"])
+            conditions[str(entry["type"])] = ConditionMemory(status=str(entry["status"]), since=since)
+        except (KeyError, TypeError, ValueError):
+            continue
+    return ModelMemory(scales=tuple(scales), conditions=conditions)
+
+
+def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:
+    replicas = tuple(
+        ScaledReplica(
+            replica_id=r["replicaId"],
+            node=r["node"],
+            source=r["source"],
+            assigned_at=r["assignedAt"],
+            first_segment_at=r["firstSegmentAt"],
+            first_layer_at=r["firstLayerAt"],
+            first_token_at=r["firstTokenAt"],
+            complete_at=r["completeAt"],
+            bytes_per_s=r["bytesPerSecond"],
+        )
+        for r in entry["replicas"]
+    )
+    return ScaleRecord(
+        decided_at=entry["decidedAt"],
+        replicas_from=entry["from"],
+        replicas_to=entry["to"],
+        reason=entry["reason"],
+        rule=entry["rule"],
+        policy=entry["policy"],
+        replicas=replicas,
+    )

@@ -1,0 +1,204 @@
+"""One turn of one model: how many replicas, then what to do. Pure: a snapshot and a memory in, both answers out.
+
+The reconciler takes turns with the real cluster, the tests with worlds made of values.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, replace
+
+from layercast_operator.modelservice import ModelService, ScalePolicy, Scaling, ScalingMode
+from layercast_operator.placement import capacity
+from layercast_operator.planner import Plan, PlanInput, plan
+from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, decide, limit_of_devices
+from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
+from layercast_operator.state import ModelMemory, after_actions, observe, with_target
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What came of a turn."""
+
+    memory: ModelMemory
+    decision: Decision
+    plan: Plan
+    policy: ScalePolicy
+    recommendation: Decision | None
+    """In mode Recommend: what the policy would do."""
+    changed: bool
+    """The number of wanted replicas is another than before this turn."""
+
+
+def take_turn(
+    *,
+    model: ModelService,
+    policy: ScalePolicy | None,
+    snapshot: Snapshot,
+    memory: ModelMemory,
+    new_id: Callable[[], str],
+    taken: Collection[tuple[str, str]] = (),
+) -> Turn:
+    """Observe, decide, plan. `policy` overrides the model's own; `taken` are devices promised to others."""
+    before = memory.target
+    memory = observe(memory, model, snapshot)
+    chosen = policy or model.policy
+    nbytes = memory.resolved.nbytes if memory.resolved is not None else 0
+    room = capacity(snapshot, model=model.name, checkpoint_bytes=nbytes)
+    decision, memory, recommendation = _choose_target(model, chosen, snapshot, memory, room)
+    target = memory.target if memory.target is not None else decision.replicas
+    step = plan(
+        PlanInput(
+            model=model,
+            policy=chosen,
+            target=target if room is None else min(target, room),
+            snapshot=snapshot,
+            memory=memory,
+            new_id=new_id,
+            taken=taken,
+        )
+    )
+    return Turn(
+        memory=after_actions(memory, step.actions, policy=chosen, now=snapshot.at),
+        decision=decision,
+        plan=step,
+        policy=chosen,
+        recommendation=recommendation,
+        changed=memory.target != before,
+    )
+
+
+def _choose_target(
+    model: ModelService, policy: ScalePolicy, snapshot: Snapshot, memory: ModelMemory, room: int | None
+) -> tuple[Decision, ModelMemory, Decision | None]:
+    """The wanted number: from the specification, or from demand; with the recommendation where one is due."""
+    active = sum(1 for r in snapshot.replicas(model.name) if r.active)
+    if snapshot.unseen and memory.target is None:
+        names = ", ".join(snapshot.unseen)
+        reason = f"held: {names} has not answered yet and may hold replicas"
+        return Decision(replicas=active, rule=Rule.UNKNOWN, reason=reason), memory, None
+    scaling = model.scaling
+    if memory.target is None:
+        decision = _first_target(model, active, room)
+    elif memory.spec_replicas != model.replicas:
+        replicas = _within(model.replicas, scaling)
+        reason = f"spec.replicas was changed from {memory.spec_replicas} to {model.replicas}"
+        decision = Decision(
+            replicas=replicas, rule=Rule.MANUAL, reason=reason, limited=_limit(model, replicas, room)
+        )
+    elif scaling is None or scaling.mode is ScalingMode.RECOMMEND:
+        replicas = _within(model.replicas, scaling)
+        reason = f"spec.replicas is {model.replicas}"
+        decision = Decision(
+            replicas=replicas, rule=Rule.FIXED, reason=reason, limited=_limit(model, replicas, room)
+        )
+    else:
+        return _follow_demand(model, scaling, policy, snapshot, memory, room=room)
+    before = active if memory.target is None else memory.target
+    if decision.replicas != memory.target:
+        memory = with_target(
+            memory,
+            target=decision.replicas,
+            replicas_from=before,
+            reason=decision.reason,
+            rule=decision.rule,
+            policy=policy,
+            now=snapshot.at,
+        )
+    memory = replace(memory, spec_replicas=model.replicas)
+    if scaling is None or scaling.mode is not ScalingMode.RECOMMEND:
+        return decision, memory, None
+    advice = decide(scaling, _policy_input(model, snapshot, memory, decision.replicas, room))
+    memory = replace(memory, below_since=advice.below_since, below_at=decision.replicas)
+    return decision, memory, advice
+
+
+def _follow_demand(
+    model: ModelService,
+    scaling: Scaling,
+    policy: ScalePolicy,
+    snapshot: Snapshot,
+    memory: ModelMemory,
+    *,
+    room: int | None,
+) -> tuple[Decision, ModelMemory, None]:
+    target = memory.target or 0
+    current = target if room is None else min(target, room)
+    given = _policy_input(model, snapshot, memory, current, room)
+    decision = decide(scaling, given)
+    if room is not None and target > room and decision.replicas == room:
+        # Devices are missing for now. What was wanted stays wanted, for when they come back.
+        limited = decision.limited or limit_of_devices(wanted=target, capacity=room)
+        return replace(decision, limited=limited), memory, None
+    if decision.replicas == current:
+        return decision, replace(memory, below_since=decision.below_since, below_at=current), None
+    memory = with_target(
+        memory,
+        target=decision.replicas,
+        replicas_from=current,
+        reason=decision.reason,
+        rule=decision.rule,
+        policy=policy,
+        now=snapshot.at,
+    )
+    return decision, memory, None
+
+
+def _first_target(model: ModelService, active: int, room: int | None) -> Decision:
+    """After a start: what runs goes on, within bounds; where nothing runs, the specification says where to start."""
+    if active and model.scaling is not None and model.scaling.mode is ScalingMode.AUTO:
+        replicas = _within(active, model.scaling)
+        reason = f"{active} replicas were found"
+    else:
+        replicas = _within(model.replicas, model.scaling)
+        reason = f"spec.replicas is {model.replicas}"
+    return Decision(replicas=replicas, rule=Rule.START, reason=reason, limited=_limit(model, replicas, room))
+
+
+def _within(replicas: int, scaling: Scaling | None) -> int:
+    if scaling is None:
+        return replicas
+    return max(scaling.replicas_min, min(replicas, scaling.replicas_max))
+
+
+def _limit(model: ModelService, replicas: int, room: int | None) -> str:
+    """Why fewer (or more) than asked for: bounds first, then devices."""
+    if replicas != model.replicas and model.scaling is not None:
+        bounds = f"{model.scaling.replicas_min} to {model.scaling.replicas_max}"
+        return f"spec.replicas is {model.replicas}, spec.scaling allows {bounds}"
+    return limit_of_devices(wanted=replicas, capacity=room)
+
+
+def _policy_input(
+    model: ModelService, snapshot: Snapshot, memory: ModelMemory, current: int, room: int | None
+) -> PolicyInput:
+    rate = memory.prefill_tokens_per_s
+    if model.scaling is not None and model.scaling.prefill_tokens_per_s > 0:
+        rate = model.scaling.prefill_tokens_per_s
+    return PolicyInput(
+        now=snapshot.at,
+        current=current,
+        capacity=room,
+        demand=snapshot.demand.get(model.name),
+        kv=_kv_use(snapshot, model.name),
+        prefill_tokens_per_s=rate,
+        load_time_s=memory.load_time_s,
+        below_since=memory.below_since if memory.below_at == current else None,
+    )
+
+
+def _kv_use(snapshot: Snapshot, model: str) -> KvUse | None:
+    """Pages of all replicas that are not leaving; None when one that serves cannot be asked."""
+    replicas = [r for r in snapshot.replicas(model) if r.active and not r.pending]
+    serving = [r for r in replicas if r.state is ReplicaState.SERVING]
+    if not serving:
+        return KvUse(used=0, pages_per_replica=1.0)
+    if not all(_answers(snapshot, r) and r.kv_pages_total for r in serving):
+        return None
+    totals = [r.kv_pages_total for r in serving]
+    return KvUse(used=sum(r.kv_pages_used for r in replicas), pages_per_replica=sum(totals) / len(totals))
+
+
+def _answers(snapshot: Snapshot, replica: Replica) -> bool:
+    node = snapshot.node(replica.node)
+    return node is not None and node.fresh

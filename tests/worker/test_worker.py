@@ -1,0 +1,159 @@
+"""Workers as processes: load, serve, share, hand over, drain, die."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+
+import grpc
+import pytest
+from layercast.agent.v1alpha1 import agent_pb2
+from layercast.worker.v1alpha1 import worker_pb2
+
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
+
+PROMPTS = [[random.Random(i).randrange(3, 500) for _ in range(20 + 7 * (i % 5))] for i in range(24)]
+
+
+def serving(status: worker_pb2.GetWorkerStatusResponse) -> bool:
+    return status.replica.state == agent_pb2.REPLICA_STATE_SERVING
+
+
+async def test_a_replica_from_disk_answers_like_transformers(packed, start_worker, gateway, reference) -> None:
+    worker = await start_worker("a")
+    await worker.assign(packed)
+    await worker.feed(packed)
+    await worker.until(serving)
+    peer = await worker.peer()
+    await gateway.connect(peer.address)
+    for index, prompt in enumerate(PROMPTS[:8]):
+        await gateway.submit(peer.address, gateway.request(f"r{index}", prompt, max_tokens=12))
+    await gateway.all_done()
+    for index, prompt in enumerate(PROMPTS[:8]):
+        assert gateway.answers[f"r{index}"].tokens == reference(prompt, 12)
+
+
+async def test_bad_requests_are_refused_and_harm_nobody(packed, start_worker, gateway) -> None:
+    worker = await start_worker("a")
+    await worker.assign(packed, context=64)
+    await worker.feed(packed)
+    await worker.until(serving)
+    peer = await worker.peer()
+    await gateway.connect(peer.address)
+    await gateway.submit(peer.address, gateway.request("long", [5] * 80, max_tokens=4))
+    await gateway.submit(peer.address, gateway.request("other", [5] * 8, model="another"))
+    await gateway.submit(peer.address, gateway.request("good", [5] * 8, max_tokens=4))
+    await gateway.all_done()
+    assert "64" in gateway.answers["long"].failed
+    assert "another" in gateway.answers["other"].returned
+    assert len(gateway.answers["good"].tokens) == 4
+
+
+async def test_live_scale_up_hands_over_and_changes_no_token(packed, start_worker, gateway, reference) -> None:
+    source = await start_worker("source", egress_bytes_per_s=4_000_000, cpu_share=0.3)
+    target = await start_worker("target", cpu_share=0.3)
+    await source.assign(packed)
+    await source.feed(packed)
+    await source.until(serving)
+    await target.assign(packed)
+    peers = {"source": await source.peer(), "target": await target.peer()}
+    for peer in peers.values():
+        await gateway.connect(peer.address)
+    for index, prompt in enumerate(PROMPTS):
+        await gateway.submit(peers["source"].address, gateway.request(f"r{index}", prompt, max_tokens=10))
+    await target.feed(packed, upstreams=[peers["source"]], live_source=peers["source"])
+    await gateway.all_done(120)
+    for index, prompt in enumerate(PROMPTS):
+        answer = gateway.answers[f"r{index}"]
+        assert answer.finished, answer
+        assert answer.tokens == reference(prompt, 10)
+    status = await source.status()
+    assert status.replica.load.handoffs_given > 0
+    assert status.replica.load.handoffs_taken > 0
+    assert any(layers > 0 for answer in gateway.answers.values() for layers in answer.layers_done)
+    after = await target.until(serving)
+    assert after.replica.timeline.HasField("first_token_at")
+    assert after.replica.timeline.HasField("first_layer_at")
+
+
+@pytest.mark.parametrize("victim", ["source", "target"])
+async def test_death_in_the_middle_loses_nothing(
+    packed, start_worker, gateway, reference, victim: str
+) -> None:
+    workers = {
+        "source": await start_worker("source", egress_bytes_per_s=3_000_000, cpu_share=0.3),
+        "target": await start_worker("target", cpu_share=0.3),
+    }
+    for worker in workers.values():
+        await worker.assign(packed)
+    await workers["source"].feed(packed)
+    await workers["source"].until(serving)
+    peers = {name: await worker.peer() for name, worker in workers.items()}
+    for peer in peers.values():
+        await gateway.connect(peer.address)
+    for index, prompt in enumerate(PROMPTS[:12]):
+        await gateway.submit(peers["source"].address, gateway.request(f"r{index}", prompt, max_tokens=8))
+    await workers["target"].feed(packed, upstreams=[peers["source"]], live_source=peers["source"])
+    await workers["target"].until(lambda s: s.replica.layers_resident >= 2)
+    workers[victim].kill()
+    survivor = "target" if victim == "source" else "source"
+    async with asyncio.timeout(20):
+        while peers[victim].address not in gateway.broken:
+            await asyncio.sleep(0.01)
+    if victim == "source":  # the operator would name the disk as the next upstream
+        await workers["target"].feed(packed, generation=2)
+    for request_id, answer in gateway.answers.items():
+        if not answer.finished and answer.owner != peers[survivor].address:
+            prompt = PROMPTS[int(request_id[1:])]
+            answer.returned = ""
+            again = gateway.request(
+                request_id, prompt, max_tokens=8, attempt=2, generated=tuple(answer.tokens)
+            )
+            await gateway.submit(peers[survivor].address, again)
+    await gateway.all_done(120)
+    for index, prompt in enumerate(PROMPTS[:12]):
+        assert gateway.answers[f"r{index}"].tokens == reference(prompt, 8)
+
+
+async def test_draining_gives_requests_back_and_stopping_frees_the_worker(packed, start_worker, gateway) -> None:
+    worker = await start_worker("a", cpu_share=0.2)
+    await worker.assign(packed)
+    await worker.feed(packed)
+    await worker.until(serving)
+    peer = await worker.peer()
+    await gateway.connect(peer.address)
+    for index, prompt in enumerate(PROMPTS):
+        await gateway.submit(peer.address, gateway.request(f"r{index}", prompt, max_tokens=100))
+    await worker.control.BeginDrain(
+        worker_pb2.BeginDrainRequest(
+            drain=agent_pb2.DrainReplicaRequest(replica_id="a", grace_ms=300)
+        )
+    )
+    await gateway.all_done()
+    assert all(answer.finished or answer.returned for answer in gateway.answers.values())
+    await worker.until(lambda s: s.replica.state == agent_pb2.REPLICA_STATE_DRAINED)
+    await worker.control.UnassignReplica(worker_pb2.UnassignReplicaRequest(replica_id="a"))
+    assert not (await worker.status()).HasField("replica")
+    await worker.assign(packed)
+    assert (await worker.status()).replica.layers_resident == 0
+
+
+async def test_refusals_say_why(packed, start_worker) -> None:
+    worker = await start_worker("a")
+    await worker.assign(packed)
+    await worker.assign(packed)
+    with pytest.raises(grpc.aio.AioRpcError) as other:
+        await worker.control.AssignReplica(
+            worker_pb2.AssignReplicaRequest(
+                replica=agent_pb2.StartReplicaRequest(replica_id="b", model="tiny"),
+                manifest_json=packed.manifest.to_json(),
+            )
+        )
+    assert other.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+    with pytest.raises(grpc.aio.AioRpcError) as unknown:
+        await worker.control.BeginTransfer(
+            worker_pb2.BeginTransferRequest(
+                transfer=agent_pb2.StartTransferRequest(replica_id="nobody", transfer_id="t")
+            )
+        )
+    assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
