@@ -28,7 +28,7 @@ body { margin:0 auto; max-width:1060px; padding:2rem 1.25rem 4rem; background:va
 h1 { font-size:1.7rem; margin:0 0 .2rem; } h2 { font-size:1.15rem; margin:2.4rem 0 .7rem; }
 p, li { max-width:46rem; } .faint { color:var(--faint); }
 .verdict { font-weight:600; color:var(--good); } .verdict.bad { color:var(--bad); }
-.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(9.5rem, 1fr)); gap:.7rem; margin:1.3rem 0; }
+.tiles { display:grid; grid-template-columns:repeat(auto-fit, minmax(13rem, 1fr)); gap:.7rem; margin:1.3rem 0; }
 .tile { background:var(--card); border-radius:10px; padding:.75rem .9rem; }
 .tile b { display:block; font-size:1.45rem; font-variant-numeric:tabular-nums; }
 .tile span { color:var(--faint); font-size:.85rem; }
@@ -83,7 +83,7 @@ def page(record: DemoRecord, summary: Summary, *, light: bytes, dark: bytes) -> 
 <div class="tiles">{"".join(_tile(value, label) for value, label in tiles(record, summary))}</div>
 <picture><source srcset="{_data_url(dark)}" media="(prefers-color-scheme: dark)">
 <img src="{_data_url(light)}" alt="{PICTURE_ALT}"></picture>
-<h2>Latency by the moment a request was sent</h2>
+<h2>Latency of requests sent before, during and after the scale-up</h2>
 <div class="wide">{_latency_table(summary)}</div>
 <h2>The scale-up</h2>
 <p>{escape(_reason(summary))}</p>
@@ -113,7 +113,7 @@ def tiles(record: DemoRecord, summary: Summary) -> list[tuple[str, str]]:
 def latency_rows(summary: Summary) -> list[list[str]]:
     """Group, requests, TTFT p50 and p99, TBT p50 and p99."""
     groups: Sequence[tuple[str, Latency]] = (
-        ("before the scale-up", summary.before),
+        ("before", summary.before),
         ("during", summary.during),
         ("after", summary.after),
         ("all", summary.all),
@@ -131,7 +131,7 @@ def latency_rows(summary: Summary) -> list[list[str]]:
     ]
 
 
-LATENCY_HEADER = ["", "requests", "TTFT p50", "TTFT p99", "TBT p50", "TBT p99"]
+LATENCY_HEADER = ["sent", "requests", "TTFT p50", "TTFT p99", "TBT p50", "TBT p99"]
 
 
 def _latency_table(summary: Summary) -> str:

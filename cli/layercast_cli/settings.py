@@ -6,8 +6,10 @@ Every flag can be given as an environment variable too: `--link-mbit-per-s` is `
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -68,6 +70,32 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
+def _number(
+    kind: Callable[[str], float], holds: Callable[[float], bool], words: str
+) -> Callable[[str], float]:
+    """A converter for argparse whose refusal is `'x' is not WORDS`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {words}")
+        return value
+
+    return convert
+
+
+# NaN compares as false: every one of these refuses what is no number.
+POSITIVE = _number(int, lambda value: value > 0, "a whole number above 0")
+COUNT = _number(int, lambda value: value >= 0, "a whole number, 0 or more")
+PORT = _number(int, lambda value: 0 <= value < 65536, "a port")
+SECONDS = _number(float, lambda value: 0 < value < 86400, "a number of seconds above 0 and below a day")
+RATE = _number(float, lambda value: 0 <= value < math.inf, "a number, 0 or more")
+SHARE = _number(float, lambda value: 0 < value <= 1, "above 0 and at most 1")
+
+
 def parser() -> Parser:
     """The whole command line."""
     top = Parser(
@@ -90,8 +118,9 @@ def parser() -> Parser:
 
 
 def default_model_dir() -> Path:
-    """Where the demo keeps its model; manifests/samples/smollm2.yaml names it too."""
-    return Path("out/models/smollm2-135m-instruct")
+    """The user's cache, so that the demo, the tests and manifests/samples/smollm2.yaml share one copy."""
+    base = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(base).expanduser() / "layercast/models/SmolLM2-135M-Instruct"
 
 
 def up_settings(flags: argparse.Namespace) -> UpSettings:
@@ -141,18 +170,16 @@ def _add_up(commands: Any) -> None:
     )
     up.add_argument("-f", "--file", type=Path, required=True, metavar="FILE", help="ModelServices as YAML")
     _flag(
-        up, "--agents", type=_positive, default=1, metavar="N", help="how many machines to play (%(default)s)"
+        up, "--agents", type=POSITIVE, default=1, metavar="N", help="how many machines to play (%(default)s)"
     )
     _flag(up, "--policy", choices=POLICIES, help="how new replicas start; else as each ModelService says")
     _flag(up, "--host", default=LOOPBACK, help="address of the gateway (%(default)s)")
-    _flag(
-        up, "--port", type=_port, default=8080, help="port of the gateway, 0 takes a free one (%(default)s)"
-    )
+    _flag(up, "--port", type=PORT, default=8080, help="port of the gateway, 0 takes a free one (%(default)s)")
     _state_dir(up)
     link = "limit what each agent sends; 0 is no limit (%(default)s)"
-    _flag(up, "--link-mbit-per-s", type=_not_negative, default=0.0, metavar="X", help=link)
+    _flag(up, "--link-mbit-per-s", type=RATE, default=0.0, metavar="X", help=link)
     share = "part of a core's time for each agent, above 0 and at most 1; else the cores are divided"
-    _flag(up, "--cpu-share", type=_share, metavar="F", help=share)
+    _flag(up, "--cpu-share", type=SHARE, metavar="F", help=share)
     _flag(up, "--devices", default="cpu:1", help="devices of each agent: cpu:N or cuda (%(default)s)")
 
 
@@ -170,16 +197,14 @@ def _add_demo(commands: Any) -> None:
     model = "the model's folder, made when it is not there (%(default)s)"
     _flag(demo, "--model-dir", type=Path, default=default_model_dir(), metavar="DIR", help=model)
     _flag(demo, "--state-dir", type=Path, metavar="DIR", help="files and logs of the cluster (OUT/state)")
-    _flag(
-        demo, "--seconds", type=_positive_seconds, default=120.0, metavar="S", help="of demand (%(default)s)"
-    )
+    _flag(demo, "--seconds", type=SECONDS, default=120.0, metavar="S", help="of demand (%(default)s)")
     _flag(demo, "--policy", choices=POLICIES, default="live", help="how new replicas start (%(default)s)")
-    _flag(demo, "--agents", type=_positive, default=3, metavar="N", help="machines to play (%(default)s)")
-    _flag(demo, "--port", type=_port, default=0, help="port of the gateway, 0 takes a free one (%(default)s)")
+    _flag(demo, "--agents", type=POSITIVE, default=3, metavar="N", help="machines to play (%(default)s)")
+    _flag(demo, "--port", type=PORT, default=0, help="port of the gateway, 0 takes a free one (%(default)s)")
     load = "how long all layers take over the links (%(default)s)"
-    _flag(demo, "--load-s", type=_positive_seconds, default=8.0, metavar="S", help=load)
+    _flag(demo, "--load-s", type=SECONDS, default=8.0, metavar="S", help=load)
     _flag(demo, "--seed", type=int, default=1, metavar="N", help="of arrivals and prompts (%(default)s)")
-    _flag(demo, "--max-tokens", type=_positive, default=20, metavar="N", help="of an answer (%(default)s)")
+    _flag(demo, "--max-tokens", type=POSITIVE, default=20, metavar="N", help="of an answer (%(default)s)")
 
 
 def _add_views(commands: Any) -> None:
@@ -190,7 +215,7 @@ def _add_views(commands: Any) -> None:
     )
     scale = commands.add_parser("scale", help="change the wanted number of replicas")
     scale.add_argument("name", metavar="NAME")
-    scale.add_argument("replicas", type=_not_negative_count, metavar="N")
+    scale.add_argument("replicas", type=COUNT, metavar="N")
     explain = commands.add_parser("explain", help="say why a ModelService is as it is")
     explain.add_argument("name", metavar="NAME")
     timeline = commands.add_parser("timeline", help="draw how the last scale-up went")
@@ -211,45 +236,3 @@ def _flag(command: argparse.ArgumentParser, name: str, **options: Any) -> None:
     if told is not None:
         options["default"] = told
     command.add_argument(name, **options)
-
-
-def _positive(text: str) -> int:
-    return _checked(int(text), text, above=0)
-
-
-def _not_negative_count(text: str) -> int:
-    return _checked(int(text), text, above=-1)
-
-
-def _positive_seconds(text: str) -> float:
-    value = float(text)
-    if not 0 < value < 86400:
-        raise argparse.ArgumentTypeError(f"{text} is not a number of seconds above 0 and below a day")
-    return value
-
-
-def _not_negative(text: str) -> float:
-    value = float(text)
-    if not 0 <= value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a number of 0 or more")
-    return value
-
-
-def _share(text: str) -> float:
-    value = float(text)
-    if not 0 < value <= 1:
-        raise argparse.ArgumentTypeError(f"{text} is not above 0 and at most 1")
-    return value
-
-
-def _port(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 65536:
-        raise argparse.ArgumentTypeError(f"{text} is not a port")
-    return value
-
-
-def _checked(value: int, text: str, *, above: int) -> int:
-    if value <= above:
-        raise argparse.ArgumentTypeError(f"{text} is not above {above}")
-    return value

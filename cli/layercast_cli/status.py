@@ -208,10 +208,11 @@ def _condition(raw: Mapping[str, Any]) -> Condition:
 
 
 def _words(value: object) -> str:
-    """A recommendation as text: it may be a number, a sentence or a mapping."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {part}" for key, part in value.items() if part not in (None, ""))
-    return str(value)
+    """A recommendation as a sentence."""
+    if not isinstance(value, dict):
+        return str(value)
+    rule = f" (rule {value['rule']})" if value.get("rule") else ""
+    return f"{value.get('replicas', '?')} replicas: {value.get('reason') or 'no reason given'}{rule}"
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

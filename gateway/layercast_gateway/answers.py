@@ -99,14 +99,14 @@ class AnswerShape:
             return self._chunk(index, {"text": echo, "logprobs": None}, None)
         return b""
 
-    def chunk(self, piece: Piece, *, echo_characters: int = 0) -> bytes:
+    def chunk(self, piece: Piece) -> bytes:
         """The events of one piece. The end of a chat is an event of its own, without content."""
         if self.kind is ApiKind.COMPLETION:
-            logprobs = self._logprobs(piece.tokens, echo_characters)
+            logprobs = self._logprobs(piece.tokens)
             return self._chunk(piece.index, {"text": piece.text, "logprobs": logprobs}, piece.finish_reason)
         events = b""
         if piece.text or piece.tokens:
-            content = {"delta": {"content": piece.text}, "logprobs": self._logprobs(piece.tokens, 0)}
+            content = {"delta": {"content": piece.text}, "logprobs": self._logprobs(piece.tokens)}
             events = self._chunk(piece.index, content, None)
         if piece.finish_reason is not None:
             events += self._chunk(piece.index, {"delta": {}, "logprobs": None}, piece.finish_reason)
@@ -136,14 +136,14 @@ class AnswerShape:
         return event({**self._head(self._chunk_object()), "choices": [choice], **usage})
 
     def _choice(self, index: int, choice: ChoiceText) -> Json:
-        logprobs = self._logprobs(choice.tokens, 0)
+        logprobs = self._logprobs(choice.tokens)
         rest = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
         if self.kind is ApiKind.CHAT:
             message = {"role": "assistant", "content": choice.text, "refusal": None}
             return {**rest, "message": message}
         return {**rest, "text": choice.text}
 
-    def _logprobs(self, tokens: Sequence[TextToken], echo_characters: int) -> Json | None:
+    def _logprobs(self, tokens: Sequence[TextToken]) -> Json | None:
         if not self.logprobs:
             return None
         if self.kind is ApiKind.CHAT:
@@ -152,7 +152,7 @@ class AnswerShape:
             "tokens": [_token_text(token.chosen) for token in tokens],
             "token_logprobs": [token.chosen.logprob for token in tokens],
             "top_logprobs": [{_token_text(t): t.logprob for t in token.top} for token in tokens],
-            "text_offset": [token.offset + echo_characters for token in tokens],
+            "text_offset": [token.offset for token in tokens],
         }
 
 

@@ -94,16 +94,16 @@ class Api:
         self, request: web.Request, parse: Callable[[bytes], GenerationRequest]
     ) -> web.StreamResponse:
         """Serves a generation and counts how it ended."""
-        if self.closing:
-            raise ShuttingDownError("This gateway is shutting down.")
         label: dict[str, str] = {"model": UNKNOWN_MODEL, "code": "500"}
         self._active += 1
         self._idle.clear()
         try:
+            if self.closing:
+                raise ShuttingDownError("This gateway is shutting down.")
             wanted = parse(await request.read())
             label["model"] = self._dispatcher.route(wanted.model).model
-            response = await self._generate(request, wanted)
-            label["code"] = str(response.get("outcome", response.status))
+            response, code = await self._generate(request, wanted)
+            label["code"] = str(code)
             return response
         except GatewayError as error:
             label["code"] = str(error.status)
@@ -120,7 +120,10 @@ class Api:
             if not self._active:
                 self._idle.set()
 
-    async def _generate(self, request: web.Request, wanted: GenerationRequest) -> web.StreamResponse:
+    async def _generate(
+        self, request: web.Request, wanted: GenerationRequest
+    ) -> tuple[web.StreamResponse, int]:
+        """The answer and the code to count: a stream that ends with an error has sent 200 already."""
         job = await begin(wanted, settings=self._settings, dispatcher=self._dispatcher, texts=self._texts)
         shape = AnswerShape(
             kind=wanted.kind,
@@ -133,7 +136,7 @@ class Api:
         try:
             if wanted.stream:
                 return await self._stream(request, job, shape)
-            return await self._whole(job, shape)
+            return await self._whole(job, shape), 200
         finally:
             job.abandon()  # after a good end there is nothing left to abandon
 
@@ -143,9 +146,11 @@ class Api:
             if piece.error is not None:
                 raise piece.error
             choices[piece.index].add(piece)
-        return _json(shape.body(choices, job.usage(), echoes=job.echoes))
+        return _json(shape.body(choices, job.usage()))
 
-    async def _stream(self, request: web.Request, job: Job, shape: AnswerShape) -> web.StreamResponse:
+    async def _stream(
+        self, request: web.Request, job: Job, shape: AnswerShape
+    ) -> tuple[web.StreamResponse, int]:
         response = web.StreamResponse(headers=SSE_HEADERS)
         opened: set[int] = set()
         async for piece in job.pieces():
@@ -153,11 +158,10 @@ class Api:
                 if not response.prepared:
                     raise piece.error
                 log.warning("a stream ended with an error", extra={"reason": piece.error.message})
-                response["outcome"] = piece.error.status
                 await response.write(answers.event(answers.error_body(piece.error)))
                 await response.write_eof()
-                return response
-            events = shape.chunk(piece, echo_characters=len(job.echoes[piece.index]))
+                return response, piece.error.status
+            events = shape.chunk(piece)
             if piece.index not in opened:
                 opened.add(piece.index)
                 events = shape.opening(piece.index, job.echoes[piece.index]) + events
@@ -166,7 +170,7 @@ class Api:
             await response.write(events)
         await response.write(shape.closing(job.usage()))
         await response.write_eof()
-        return response
+        return response, 200
 
     async def _render_metrics(self, _: web.Request) -> web.Response:
         body = self._metrics.render(self._dispatcher.demands())

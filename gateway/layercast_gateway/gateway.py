@@ -27,16 +27,16 @@ ERROR_GRACE_S = 2.0
 
 
 class Gateway:
-    """Everything that a gateway runs. Build it inside the event loop."""
+    """Everything that a gateway runs. Build it inside the event loop. `dispatcher` tells what it knows."""
 
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         # Unique for the life of this process: a worker tells its gateways apart by it.
         self._gateway_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         metrics = Metrics()
-        self._dispatcher = Dispatcher(settings=settings, gateway_id=self._gateway_id, metrics=metrics)
-        self._texts = Texts(self._dispatcher)
-        self._api = Api(settings=settings, dispatcher=self._dispatcher, texts=self._texts, metrics=metrics)
+        self.dispatcher = Dispatcher(settings=settings, gateway_id=self._gateway_id, metrics=metrics)
+        self._texts = Texts(self.dispatcher)
+        self._api = Api(settings=settings, dispatcher=self.dispatcher, texts=self._texts, metrics=metrics)
         # Without cancellation a client that leaves would go unnoticed until its answer is written.
         self._runner = web.AppRunner(
             self._api.application(),
@@ -66,7 +66,7 @@ class Gateway:
         )
         self._tasks = [
             asyncio.create_task(watch.run(), name="routes"),
-            asyncio.create_task(self._dispatcher.run(), name="dispatcher"),
+            asyncio.create_task(self.dispatcher.run(), name="dispatcher"),
         ]
         fields = {"address": self.address, "operator": self._settings.operator, "gateway": self._gateway_id}
         log.info("gateway listens", extra=fields)
@@ -84,16 +84,16 @@ class Gateway:
                 await self._api.until_idle()
         except TimeoutError:
             log.warning("the grace is over, requests in flight are ended")
-            self._dispatcher.fail_all()
+            self.dispatcher.fail_all()
         await self._runner.cleanup()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._texts.close()
-        await self._dispatcher.replicas.close()
+        await self.dispatcher.replicas.close()
 
     def _on_table(self, table: RouteTable) -> None:
-        self._dispatcher.on_table(table)
+        self.dispatcher.on_table(table)
         self._texts.follow()
 
 

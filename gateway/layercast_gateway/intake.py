@@ -70,7 +70,7 @@ async def begin(
     with dispatcher.admit(wanted.model, places) as admission:
         text = await texts.get(wanted.model, accepted_at=accepted_at, deadline=deadline)
         prompts = await _encode(wanted, text)
-        context = dispatcher.route(wanted.model).context_length_max
+        context = dispatcher.route(wanted.model).context_length_max or text.context_length_max
         limits = [_max_tokens(wanted, prompt, context) for prompt in prompts]
         queue: asyncio.Queue[Piece] = asyncio.Queue(
             sum(pieces_max(choices=wanted.choices, max_tokens=limit) for limit in limits)

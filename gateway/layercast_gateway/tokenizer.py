@@ -97,6 +97,8 @@ class ModelText:
         self._byte_of = _byte_alphabet() if _is_byte_level(self._tokenizer) else None
         self.vocabulary_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
         self.stop_token_ids: tuple[int, ...] = self._stop_ids(files)
+        longest = _json_file(files, "config.json").get("max_position_embeddings")
+        self.context_length_max: int = longest if isinstance(longest, int) else 0
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Token ids of a plain prompt, with whatever the tokenizer puts around it (a BOS token)."""

@@ -104,8 +104,12 @@ class Checkpoints:
         with self._lock:
             known = self._known.get(wanted.key)
             if known is not None and known.state != pb.CHECKPOINT_STATE_FAILED:
-                if self._wanted[wanted.key] != wanted:
-                    text = f"key {wanted.key!r} stands for {self._wanted[wanted.key]}"
+                first = self._wanted[wanted.key]
+                if first != wanted:
+                    text = (
+                        f"key {wanted.key!r} stands for source {first.source!r}, revision {first.revision!r}, "
+                        f"dtype {first.dtype!r}"
+                    )
                     raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, text)
                 return
             try:
@@ -167,7 +171,7 @@ class Checkpoints:
             log.warning(
                 "a checkpoint on disk is unusable", extra={"digest": manifest.digest, "reason": str(error)}
             )
-            return _failed(key, str(error))
+            return _failed(key, str(error), digest=manifest.digest)
         return _ready(key, manifest)
 
     def _hold(self, manifest: Manifest) -> None:
@@ -178,6 +182,9 @@ class Checkpoints:
         files = self._store.files(manifest.digest)
         packed = PackedCheckpoint(self._store.folder(manifest.digest))
         with self._lock:
+            if self._closed:
+                packed.close()
+                return
             self._packed[manifest.digest] = packed
         self._holdings.add(
             Holding(
@@ -230,8 +237,8 @@ def _under_way(key: str, progress: Progress) -> pb.Checkpoint:
     )
 
 
-def _failed(key: str, error: str) -> pb.Checkpoint:
-    return pb.Checkpoint(key=key, state=pb.CHECKPOINT_STATE_FAILED, error=error)
+def _failed(key: str, error: str, *, digest: str = "") -> pb.Checkpoint:
+    return pb.Checkpoint(key=key, digest=digest, state=pb.CHECKPOINT_STATE_FAILED, error=error)
 
 
 def _ready(key: str, manifest: Manifest) -> pb.Checkpoint:

@@ -10,7 +10,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import TimeoutError as FutureTimeoutError
+from concurrent.futures import Future
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 ANSWER_S = 2.0
 """How long the asyncio thread may take; shorter than every scraper's and probe's own limit."""
+
+SHUTDOWN_POLL_S = 0.1
 
 USABLE = (pb.WORKER_STATE_IDLE, pb.WORKER_STATE_ASSIGNED)
 
@@ -114,15 +116,19 @@ class MetricsServer:
     """Serves the three paths on a thread of its own."""
 
     def __init__(
-        self, *, address: tuple[str, int], observe: Callable[[], Observation], loop: asyncio.AbstractEventLoop
+        self,
+        *,
+        address: tuple[str, int],
+        observe: Callable[[], Observation],
+        loop: asyncio.AbstractEventLoop,
+        answer_s: float = ANSWER_S,
     ) -> None:
         """Binds at once: OSError when the port is in use. `observe` is called on `loop`'s thread."""
 
-        async def observation() -> Observation:
-            return observe()
-
         def ask() -> Observation:
-            return asyncio.run_coroutine_threadsafe(observation(), loop).result(ANSWER_S)
+            answer: Future[Observation] = Future()
+            loop.call_soon_threadsafe(lambda: answer.set_result(observe()))
+            return answer.result(answer_s)
 
         registry = CollectorRegistry()
         registry.register(_Observed(ask))
@@ -130,7 +136,9 @@ class MetricsServer:
         handler = type("Handler", (_Handler,), {"ask": staticmethod(ask), "registry": registry})
         self._server = ThreadingHTTPServer(address, handler)
         self._server.daemon_threads = True
-        self._thread = Thread(target=self._server.serve_forever, name="metrics", daemon=True)
+        self._thread = Thread(
+            target=self._server.serve_forever, args=(SHUTDOWN_POLL_S,), name="metrics", daemon=True
+        )
 
     @property
     def port(self) -> int:
@@ -168,7 +176,7 @@ class _Handler(BaseHTTPRequestHandler):
                 self._answer(200 if good else 503, b"ok\n" if good else b"no worker is warm\n")
             else:
                 self._answer(404, b"there are /metrics, /healthz and /readyz\n")
-        except FutureTimeoutError:
+        except TimeoutError:
             self._answer(503, b"the agent does not answer\n")
 
     def _answer(self, status: int, body: bytes, content_type: str = "text/plain; charset=utf-8") -> None:

@@ -29,6 +29,9 @@ GRPC_OPTIONS = (
     *SERVER_OPTIONS,
 )
 
+CALLS_MAX = 4096
+"""Calls at a time: a few of the operator, and one watch for each target in the cluster that might read here."""
+
 
 class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     """AgentService; see agent.proto for what each call promises."""
@@ -132,7 +135,7 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
 
 def wire_server(agent: Agent, holdings: Holdings) -> grpc.aio.Server:
     """A gRPC server with both services, not bound and not started."""
-    server = grpc.aio.server(options=GRPC_OPTIONS)
+    server = grpc.aio.server(options=GRPC_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(agent), server)
     peer_pb2_grpc.add_PeerServiceServicer_to_server(PeerServicer(holdings), server)
     return server

@@ -82,9 +82,10 @@ def _sharded(folder: Path) -> dict[str, StoredTensor]:
     if not isinstance(where, dict) or not where:
         raise CheckpointError("it has no weight_map", file=index)
     shards: dict[str, dict[str, StoredTensor]] = {}
-    for tensor, shard in where.items():
+    for tensor, named in where.items():
+        shard = _safe_name(named, index, tensor)  # before anything of that name is touched
         if shard not in shards:
-            shards[_safe_name(shard, index, tensor)] = _shard(folder, shard, index)
+            shards[shard] = _shard(folder, shard, index)
         if tensor not in shards[shard]:
             raise CheckpointError(
                 f"{INDEX} places it here, and it is not", file=folder / shard, tensor=tensor

@@ -1,8 +1,8 @@
 """The pull protocol of one parameter transfer: events in, instructions out, no I/O.
 
-A target fetches the chunks of a checkpoint from upstreams, given best first. This file decides which chunk
-is asked of whom and when an upstream is given up; it has no sockets, threads or clock. `runner.py` carries
-out what it says, `transfer_events.py` is the vocabulary.
+A target fetches chunks from upstreams, given best first. This file decides which chunk is asked of whom and
+when an upstream is given up; it has no sockets, threads or clock. `runner.py` carries out what it says,
+`transfer_events.py` is the vocabulary, `transfer_states.py` the table of transitions.
 
 * Every upstream of the list is opened, so that a substitute is known before it is needed. Chunks are asked
   of one at a time, the *active* one: the best that holds something which is missing here. In a chain that is
@@ -92,13 +92,15 @@ class Transfer:
         self.generation = generation
         self._upstreams = [self._listed(spec) for spec in self._best(upstreams)]
 
-    # --- what it is ---------------------------------------------------------------------------
-
     @property
     def upstream(self) -> str:
         """Peer id of the active upstream; empty when there is none."""
-        active = self._active  # read once: status is asked from other threads
-        return active.spec.peer_id if active is not None else ""
+        return active.spec.peer_id if (active := self._active) is not None else ""
+
+    @property
+    def in_flight(self) -> int:
+        """Chunks asked for and not answered."""
+        return len(self._requests)
 
     @property
     def finished(self) -> bool:
@@ -349,8 +351,6 @@ class Transfer:
 
     def _all_spent(self) -> bool:
         return all(u.state is Link.SPENT for u in self._upstreams)
-
-    # --- small parts --------------------------------------------------------------------------
 
     def _best(self, specs: Sequence[UpstreamSpec]) -> list[UpstreamSpec]:
         return list(dict.fromkeys(specs))[: self._limits.upstreams_max]

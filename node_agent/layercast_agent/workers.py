@@ -320,7 +320,7 @@ class Worker:
         if self._verdict.error or life.warm:
             self.error = self._verdict.error  # until it is warm again, the last death stays visible
         if self._verdict.state != before.state:
-            name = agent_pb2.WorkerState.Name(self._verdict.state)
+            name = agent_pb2.WorkerState.Name(self._verdict.state).removeprefix("WORKER_STATE_")
             log.info("a worker changed its state", extra={"device": self.slot.device_id, "state": name})
         if self._verdict.kill:
             self.kill(f"{self._verdict.error}; it was killed")

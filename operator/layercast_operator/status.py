@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from layercast_operator.feeding import holders_of
+from layercast_operator.history import rfc3339, scale_json
 from layercast_operator.modelservice import ModelService
 from layercast_operator.multicast import HolderKind
 from layercast_operator.policy import Rule
@@ -20,7 +21,7 @@ from layercast_operator.snapshot import (
     ReplicaState,
     Snapshot,
 )
-from layercast_operator.state import ConditionMemory, ModelMemory, ScaledReplica, ScaleRecord
+from layercast_operator.state import ConditionMemory, ModelMemory
 from layercast_operator.turn import Turn
 
 # How many replicas are listed: the rest is counted.
@@ -63,7 +64,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
     counts = _counts(replicas, memory, turn)
     conditions = _conditions(model, snapshot, turn, counts)
     memory = replace(memory, conditions=_changed(conditions, memory.conditions, snapshot.at))
-    scales = [_scale(record) for record in memory.scales]
+    scales = [scale_json(record) for record in memory.scales]
     advice = turn.recommendation
     status: dict[str, Any] = {
         "name": model.name,
@@ -89,11 +90,11 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
 
 def report_invalid(
     name: str, problem: str, *, before: Mapping[str, ConditionMemory], now: float
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, ConditionMemory]]:
     """The status of a file that never held a usable ModelService."""
     conditions = [Condition(type="Ready", status="False", reason="InvalidSpec", message=problem)]
     changed = _changed(conditions, before, now)
-    return {
+    status = {
         "name": name,
         "observedGeneration": 0,
         "replicas": {"desired": 0, "serving": 0, "loading": 0, "draining": 0},
@@ -104,6 +105,7 @@ def report_invalid(
         "recommendation": None,
         "endpoint": "",
     }
+    return status, changed
 
 
 def _counts(replicas: Sequence[Replica], memory: ModelMemory, turn: Turn) -> _Counts:
@@ -294,7 +296,7 @@ def _condition_list(
             "reason": c.reason,
             "message": c.message,
             "observedGeneration": generation,
-            "lastTransitionTime": since[c.type].since,
+            "lastTransitionTime": rfc3339(since[c.type].since),
         }
         for c in conditions
     ]
@@ -320,75 +322,3 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "handoffsTaken": replica.handoffs_taken,
         "error": replica.error,
     }
-
-
-def _scale(record: ScaleRecord) -> dict[str, Any]:
-    return {
-        "decidedAt": record.decided_at,
-        "from": record.replicas_from,
-        "to": record.replicas_to,
-        "reason": record.reason,
-        "rule": record.rule,
-        "policy": record.policy,
-        "replicas": [
-            {
-                "replicaId": r.replica_id,
-                "node": r.node,
-                "source": r.source,
-                "assignedAt": r.assigned_at,
-                "firstSegmentAt": r.first_segment_at,
-                "firstLayerAt": r.first_layer_at,
-                "firstTokenAt": r.first_token_at,
-                "completeAt": r.complete_at,
-                "bytesPerSecond": r.bytes_per_s,
-            }
-            for r in record.replicas
-        ],
-    }
-
-
-def memory_of(status: Mapping[str, Any]) -> ModelMemory:
-    """What an earlier process reported, as memory: for display only, nothing is decided from it.
-
-    Keeps the history of scales and the times of conditions over a restart. What cannot be read is left out.
-    """
-    scales: list[ScaleRecord] = []
-    for entry in status.get("scales") or ():
-        try:
-            scales.append(_scale_of(entry))
-        except (KeyError, TypeError, AttributeError):
-            continue
-    conditions: dict[str, ConditionMemory] = {}
-    for entry in status.get("conditions") or ():
-        try:
-            since = float(entry["lastTransitionTime"])
-            conditions[str(entry["type"])] = ConditionMemory(status=str(entry["status"]), since=since)
-        except (KeyError, TypeError, ValueError):
-            continue
-    return ModelMemory(scales=tuple(scales), conditions=conditions)
-
-
-def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:
-    replicas = tuple(
-        ScaledReplica(
-            replica_id=r["replicaId"],
-            node=r["node"],
-            source=r["source"],
-            assigned_at=r["assignedAt"],
-            first_segment_at=r["firstSegmentAt"],
-            first_layer_at=r["firstLayerAt"],
-            first_token_at=r["firstTokenAt"],
-            complete_at=r["completeAt"],
-            bytes_per_s=r["bytesPerSecond"],
-        )
-        for r in entry["replicas"]
-    )
-    return ScaleRecord(
-        decided_at=entry["decidedAt"],
-        replicas_from=entry["from"],
-        replicas_to=entry["to"],
-        reason=entry["reason"],
-        rule=entry["rule"],
-        policy=entry["policy"],
-        replicas=replicas,
-    )

@@ -13,12 +13,13 @@ from layercast_operator.placement import capacity
 from layercast_operator.planner import Plan, PlanInput, plan
 from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, decide, limit_of_devices
 from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
-from layercast_operator.state import ModelMemory, after_actions, observe, with_target
+from layercast_operator.state import ModelMemory, observe, with_target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Turn:
-    """What came of a turn."""
+    """What came of a turn. `memory` does not know of the actions yet: `state.after_actions` tells it of those that
+    were begun."""
 
     memory: ModelMemory
     decision: Decision
@@ -59,7 +60,7 @@ def take_turn(
         )
     )
     return Turn(
-        memory=after_actions(memory, step.actions, policy=chosen, now=snapshot.at),
+        memory=memory,
         decision=decision,
         plan=step,
         policy=chosen,

@@ -23,6 +23,7 @@ LIMITS = WorkerLimits(silent_s=5, hung_s=30, warming_s=180, restart_delay_s=0.2,
     ],
 )
 def test_verdicts(
+    *,
     warm: bool,
     assigned: bool,
     age_s: float,

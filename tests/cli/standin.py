@@ -101,15 +101,23 @@ def scale(decided: float, *, complete: bool) -> dict[str, object]:
     replica = {"replicaId": "smollm2-1", "node": "node-1", "source": "node-0", "bytesPerSecond": 5e7}
     replica |= {"assignedAt": decided + 0.01, "firstTokenAt": decided + 0.1}
     replica["completeAt"] = decided + COMPLETE_AFTER_S - SCALED_AFTER_S if complete else None
-    return {"decidedAt": decided, "from": 1, "to": 3, "reason": "queue", "policy": "live", "replicas": [replica]}
+    return {
+        "decidedAt": decided,
+        "from": 1,
+        "to": 3,
+        "reason": "queue",
+        "policy": "live",
+        "replicas": [replica],
+    }
 
 
 def child(pid_file: Path) -> None:
     """Starts a child that no signal but SIGKILL ends, and ends on SIGTERM without ending it."""
-    started = subprocess.Popen([sys.executable, __file__, "sleep-deaf"])
+    started = subprocess.Popen([sys.executable, "-S", __file__, "sleep-deaf"])
     scratch = pid_file.with_suffix(".new")
     scratch.write_text(str(started.pid))
     scratch.rename(pid_file)
+    print("ready", flush=True)
     signal.pause()
 
 

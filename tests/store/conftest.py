@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
+import hypothesis
 import pytest
+
 from layercast_agent.store import Progress, Store
 
 TESTS = Path(__file__).resolve().parent.parent
 CHUNK_BYTES = 4096  # small, so that tiny models have many chunks
 
-Prepare = Callable[..., Path]
+# Machines are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("store", deadline=None, max_examples=60)
+hypothesis.settings.load_profile("store")
 
 
 @pytest.fixture(scope="session")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
+
 from layercast_agent.checksum import SegmentChecksum, segment_checksum
 
 

@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
 from layercast_agent.errors import CheckpointError
 from layercast_agent.parameters import expected_shapes, select
 from layercast_agent.safetensors_header import StoredTensor
@@ -23,7 +24,14 @@ def source(llama: Path) -> SourceCheckpoint:
 
 def like(stored: Stored, name: str, **changes: Any) -> StoredTensor:
     model = next(iter(stored.values()))
-    values = {"file": model.file, "name": name, "dtype": "F32", "shape": (64,), "offset": 800, "nbytes": 256}
+    values: dict[str, Any] = {
+        "file": model.file,
+        "name": name,
+        "dtype": "F32",
+        "shape": (64,),
+        "offset": 800,
+        "nbytes": 256,
+    }
     return StoredTensor(**(values | changes))
 
 

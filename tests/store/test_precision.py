@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
+
 from layercast_agent.precision import convert
 
 TORCH = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
@@ -30,7 +31,7 @@ def hard_floats() -> npt.NDArray[np.float32]:
 def test_every_bfloat16_widens_as_in_torch(target: str) -> None:
     bits = np.arange(1 << 16, dtype="<u2")
     values = (bits.astype("<u4") << 16).view("<f4")
-    usable = bits[np.isnan(values) == False]  # noqa: E712 - NaN payloads are nobody's promise
+    usable = bits[~np.isnan(values)]  # NaN payloads are nobody's promise
     if target == "F16":
         usable = usable[np.abs((usable.astype("<u4") << 16).view("<f4")) < 65504]
     data = usable.tobytes()
@@ -38,7 +39,8 @@ def test_every_bfloat16_widens_as_in_torch(target: str) -> None:
 
 
 def test_float32_rounds_to_bfloat16_as_in_torch() -> None:
-    data = hard_floats().tobytes()
+    values = hard_floats()
+    data = values[~np.isnan(values)].tobytes()
     assert bytes(convert(data, source="F32", target="BF16")) == by_torch(data, "F32", "BF16")
 
 
@@ -58,10 +60,12 @@ def test_float16_converts_as_in_torch(target: str) -> None:
 
 
 def test_infinity_and_nan_stay_what_they_are() -> None:
-    data = np.array([np.inf, -np.inf, np.nan], dtype="<f4").tobytes()
-    assert bytes(convert(data, source="F32", target="BF16")) == by_torch(data, "F32", "BF16")
-    half = np.frombuffer(convert(data, source="F32", target="F16"), dtype="<f2")
-    assert np.isposinf(half[0]) and np.isneginf(half[1]) and np.isnan(half[2])
+    # The second NaN would be infinity if its lower half were just cut off, the third would round to zero.
+    bits = np.array([0x7F800000, 0xFF800000, 0x7F800001, 0xFFFFFFFF], dtype="<u4")
+    for target in ("BF16", "F16"):
+        narrow = convert(bits.tobytes(), source="F32", target=target)
+        wide = np.frombuffer(convert(narrow, source=target, target="F32"), dtype="<f4")
+        assert np.isposinf(wide[0]) and np.isneginf(wide[1]) and np.isnan(wide[2:]).all()
 
 
 def test_a_number_too_large_for_float16_is_named() -> None:

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
 from layercast_agent.errors import CheckpointError
 from layercast_agent.layout import plan_segments
 from layercast_agent.safetensors_header import DATA_ALIGNMENT, packed_header, read_header
-from safetensors import safe_open
-from safetensors.numpy import save_file
 
 Entries = dict[str, Any]
 
@@ -33,7 +34,10 @@ def entry(begin: int, end: int, *, dtype: str = "F32", shape: list[int] | None =
 
 def test_a_file_of_the_library_is_read(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
-    arrays = {"b": np.arange(6, dtype=np.float32).reshape(2, 3), "a": np.ones((), dtype=np.float16)}
+    arrays: dict[str, Any] = {
+        "b": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a": np.ones((), dtype=np.float16),
+    }
     save_file(arrays, path, metadata={"format": "np"})
     found = read_header(path)
     content = path.read_bytes()

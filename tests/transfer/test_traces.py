@@ -18,6 +18,7 @@ import os
 from pathlib import Path
 
 import pytest
+
 from layercast_agent import transfer_events as ev
 from layercast_agent.transfer import Transfer
 from layercast_agent.transfer_events import Chunk, TransferLimits, UpstreamSpec

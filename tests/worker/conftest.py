@@ -176,7 +176,7 @@ async def start_worker(tmp_path: Path, token_file: Path) -> AsyncIterator[Callab
         worker = WorkerProcess(
             name=name,
             process=process,
-            control=worker_pb2_grpc.WorkerServiceAsyncStub(channel),
+            control=worker_pb2_grpc.WorkerServiceStub(channel),
             channel=channel,
             log=log,
         )
@@ -229,7 +229,7 @@ class GatewayClient:
 
     async def connect(self, address: str) -> None:
         channel = grpc.aio.insecure_channel(address)
-        call = engine_pb2_grpc.EngineServiceAsyncStub(channel).Generate()
+        call = engine_pb2_grpc.EngineServiceStub(channel).Generate()
         await call.write(engine_pb2.GenerateRequest(hello=engine_pb2.Hello(gateway_id=self.gateway_id)))
         self._channels.append(channel)
         self._streams[address] = call

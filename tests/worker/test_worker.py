@@ -19,7 +19,9 @@ def serving(status: worker_pb2.GetWorkerStatusResponse) -> bool:
     return status.replica.state == agent_pb2.REPLICA_STATE_SERVING
 
 
-async def test_a_replica_from_disk_answers_like_transformers(packed, start_worker, gateway, reference) -> None:
+async def test_a_replica_from_disk_answers_like_transformers(
+    packed, start_worker, gateway, reference
+) -> None:
     worker = await start_worker("a")
     await worker.assign(packed)
     await worker.feed(packed)
@@ -49,9 +51,11 @@ async def test_bad_requests_are_refused_and_harm_nobody(packed, start_worker, ga
     assert len(gateway.answers["good"].tokens) == 4
 
 
-async def test_live_scale_up_hands_over_and_changes_no_token(packed, start_worker, gateway, reference) -> None:
-    source = await start_worker("source", egress_bytes_per_s=4_000_000, cpu_share=0.3)
-    target = await start_worker("target", cpu_share=0.3)
+async def test_live_scale_up_hands_over_and_changes_no_token(
+    packed, start_worker, gateway, reference
+) -> None:
+    source = await start_worker("source", egress_bytes_per_s=12_000_000, cpu_share=0.06)
+    target = await start_worker("target", cpu_share=0.06)
     await source.assign(packed)
     await source.feed(packed)
     await source.until(serving)
@@ -81,8 +85,8 @@ async def test_death_in_the_middle_loses_nothing(
     packed, start_worker, gateway, reference, victim: str
 ) -> None:
     workers = {
-        "source": await start_worker("source", egress_bytes_per_s=3_000_000, cpu_share=0.3),
-        "target": await start_worker("target", cpu_share=0.3),
+        "source": await start_worker("source", egress_bytes_per_s=6_000_000, cpu_share=0.06),
+        "target": await start_worker("target", cpu_share=0.06),
     }
     for worker in workers.values():
         await worker.assign(packed)
@@ -115,7 +119,9 @@ async def test_death_in_the_middle_loses_nothing(
         assert gateway.answers[f"r{index}"].tokens == reference(prompt, 8)
 
 
-async def test_draining_gives_requests_back_and_stopping_frees_the_worker(packed, start_worker, gateway) -> None:
+async def test_draining_gives_requests_back_and_stopping_frees_the_worker(
+    packed, start_worker, gateway
+) -> None:
     worker = await start_worker("a", cpu_share=0.2)
     await worker.assign(packed)
     await worker.feed(packed)
@@ -125,9 +131,7 @@ async def test_draining_gives_requests_back_and_stopping_frees_the_worker(packed
     for index, prompt in enumerate(PROMPTS):
         await gateway.submit(peer.address, gateway.request(f"r{index}", prompt, max_tokens=100))
     await worker.control.BeginDrain(
-        worker_pb2.BeginDrainRequest(
-            drain=agent_pb2.DrainReplicaRequest(replica_id="a", grace_ms=300)
-        )
+        worker_pb2.BeginDrainRequest(drain=agent_pb2.DrainReplicaRequest(replica_id="a", grace_ms=300))
     )
     await gateway.all_done()
     assert all(answer.finished or answer.returned for answer in gateway.answers.values())

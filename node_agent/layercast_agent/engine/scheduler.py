@@ -132,9 +132,9 @@ class Scheduler:
 
     def remove(self, seq: Sequence) -> None:
         """Forgets a request and frees its pages; its tokens stay. One that is not here is only reset."""
-        # By identity: two attempts of one request may be equal.
-        self._waiting = [other for other in self._waiting if other is not seq]
-        self._running = [other for other in self._running if other is not seq]
+        for queue in (self._waiting, self._running):
+            if seq in queue:
+                queue.remove(seq)
         self.pages.free(seq.pages)
         seq.reset()
 

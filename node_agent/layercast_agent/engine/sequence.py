@@ -63,7 +63,7 @@ class TokenEvent:
     finish: FinishReason | None = None
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """One request. Its prefix is the prompt and all tokens generated so far, here or by an earlier attempt.
 
@@ -71,7 +71,7 @@ class Sequence:
 
     While it waits it may gather layers one by one: `hidden` [prefix, hidden size] is the state of all prefix tokens
     after `layers_done` layers (0: the embeddings), and its pages hold the KV of the layers below. Once it runs,
-    `computed` counts the positions whose KV is complete in all layers.
+    `computed` counts the positions whose KV is complete in all layers. Two sequences are never equal.
     """
 
     request_id: str

@@ -63,6 +63,11 @@ class MemoryNetwork:
         """Do something later."""
         heapq.heappush(self._agenda, (self.now + delay_s, next(self._order), action))
 
+    @property
+    def pending(self) -> bool:
+        """Whether anything will still happen."""
+        return bool(self._agenda)
+
     def step(self) -> None:
         """Go to the next moment at which something happens, and let it happen."""
         self.now, _, action = heapq.heappop(self._agenda)

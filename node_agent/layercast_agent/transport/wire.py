@@ -50,6 +50,9 @@ class Status(IntEnum):
     FENCED = 2
 
 
+_STATUSES = frozenset(status.value for status in Status)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReadRequest:
     """Bytes [offset, offset + nbytes) of a region."""
@@ -100,7 +103,7 @@ class ResponseHeader:
     def unpack(frame: bytes | bytearray) -> ResponseHeader:
         """PeerRefusedError for a frame that is no response."""
         status, zero, zeros, request_id, nbytes = _RESPONSE.unpack(frame)
-        if status not in Status or zero or zeros:
+        if status not in _STATUSES or zero or zeros:
             raise PeerRefusedError("the peer sent a frame that is not a response")
         if status != Status.OK and nbytes > REASON_BYTES_MAX:
             raise PeerRefusedError("the peer refused with an endless reason")

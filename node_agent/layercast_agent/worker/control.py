@@ -78,22 +78,22 @@ class Assignment:
 
     # RequestHandler of the gateways' streams
 
-    async def submit(self, request: engine_pb2.Request) -> None:
+    def submit(self, request: engine_pb2.Request) -> None:
         if self.replica is not None:
-            await self.replica.desk.submit(request)
+            self.replica.desk.submit(request)
             return
         seq = wire.sequence_of(request)
         self._host.streams.send(
             request.gateway_id, [wire.returned(seq, reason="no replica is here any more")]
         )
 
-    async def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int) -> None:
         if self.replica is not None:
-            await self.replica.desk.cancel(request_id, attempt)
+            self.replica.desk.cancel(request_id, attempt)
 
-    async def cancel_gateway(self, gateway_id: str) -> None:
+    def cancel_gateway(self, gateway_id: str) -> None:
         if self.replica is not None:
-            await self.replica.desk.cancel_gateway(gateway_id)
+            self.replica.desk.cancel_gateway(gateway_id)
 
     def model_files(self, digest: str) -> dict[str, bytes] | None:
         holding = self._host.holdings.get(digest)

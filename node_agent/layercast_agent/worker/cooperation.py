@@ -19,7 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import grpc
-import torch
 from layercast.peer.v1alpha1 import peer_pb2 as pb
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 
@@ -88,7 +87,7 @@ class Cooperation:
         if peer.peer_id in self._links:
             return
         channel = grpc.aio.insecure_channel(peer.address)
-        stub = peer_pb2_grpc.PeerServiceAsyncStub(channel)
+        stub = peer_pb2_grpc.PeerServiceStub(channel)
         self._links[peer.peer_id] = Link(peer=peer, channel=channel, stub=stub)
         log.info("cooperation with a target begins", extra={"target": peer.peer_id})
         if self._task is None or self._task.done():
@@ -133,20 +132,16 @@ class Cooperation:
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._wake.wait(), POLL_S)
-        await self._reclaim()
+        self._reclaim()
 
-    async def _reclaim(self) -> None:
+    def _reclaim(self) -> None:
         """Nobody is left to help: the requests are this replica's own again."""
         while self._offers:
-            await self._keep(self._offers.popleft())
+            self._keep(self._offers.popleft())
 
-    async def _keep(self, seq: Sequence) -> None:
-        if seq.request_id not in self._desk.owned:
-            return
-        try:
-            await self._desk.ask(lambda engine: engine.add(seq))
-        except AgentError as error:
-            self._desk.give_back([seq], reason=str(error))
+    def _keep(self, seq: Sequence) -> None:
+        if seq.request_id in self._desk.owned:
+            self._desk.enqueue(seq)
 
     async def _offer_next(self) -> bool:
         """Offers one request to the target that owns the fewest; False when none could be."""
@@ -166,7 +161,7 @@ class Cooperation:
         """Targets are full: an idle source does not wait for them."""
         if not await self._desk.ask(_idle):
             return False
-        await self._keep(self._offers.popleft())
+        self._keep(self._offers.popleft())
         return True
 
     async def _offer(self, link: Link, seq: Sequence) -> None:
@@ -191,13 +186,7 @@ class Cooperation:
             link.full_until = time.monotonic() + FULL_BACKOFF_S
 
     async def _shelve_embedding(self, seq: Sequence) -> pb.Handoff:
-        def embed(engine: Engine) -> torch.Tensor:
-            engine.embed(seq)
-            state = engine.export_state(seq)
-            seq.hidden = None
-            return state
-
-        state = await self._desk.ask(embed)
+        state = await asyncio.to_thread(self._desk.embed, seq)
         return self._shelf.put(seq, layers_done=0, state=state, model=self._desk.model, now=time.monotonic())
 
     async def _take_next(self) -> bool:

@@ -13,11 +13,12 @@ import time
 from collections.abc import Callable, Iterable
 from typing import TypeVar
 
+import torch
 from layercast.engine.v1alpha1 import engine_pb2 as pb
 
 from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence, TokenEvent
-from layercast_agent.errors import AgentError, RequestError
+from layercast_agent.errors import RequestError
 from layercast_agent.worker import wire
 from layercast_agent.worker.engine_loop import EngineLoop
 from layercast_agent.worker.streams import GatewayStreams
@@ -48,14 +49,14 @@ class RequestDesk:
         """From now on new requests go straight back to their gateways."""
         self._refusal = reason
 
-    async def submit(self, request: pb.Request) -> None:
+    def submit(self, request: pb.Request) -> None:
         """A gateway's Submit: idempotent by (request id, attempt)."""
         mine = self.owned.get(request.request_id)
         if mine is not None and mine.attempt >= request.attempt:
             self._resend(mine)
             return
         if mine is not None:
-            await self.cancel(request.request_id, mine.attempt)
+            self.cancel(request.request_id, mine.attempt)
         seq = wire.sequence_of(request)
         refusal = self._refusal or (
             ""
@@ -65,22 +66,33 @@ class RequestDesk:
         if refusal:
             self._streams.send(seq.gateway_id, [wire.returned(seq, reason=refusal)])
             return
-        await self._admit(request, seq)
+        self._admit(request, seq)
 
-    async def _admit(self, request: pb.Request, seq: Sequence) -> None:
-        self.own(seq, layers_done=0)
+    def _admit(self, request: pb.Request, seq: Sequence) -> None:
+        """Never waits for the engine: a stream's next command must not queue behind a long step."""
         try:
-            await self.ask(lambda engine: engine.check(seq))
-            if not self.divert(seq):
-                await self.ask(lambda engine: engine.add(seq))
+            self._loop.check(seq)
         except RequestError as error:
-            self.disown(seq.request_id)
             self._streams.send(seq.gateway_id, [wire.refused(request, message=str(error))])
-        except AgentError as error:
-            self.disown(seq.request_id)
-            self._streams.send(seq.gateway_id, [wire.returned(seq, reason=str(error))])
-        else:
-            self.announce(seq)
+            return
+        self.own(seq, layers_done=0)
+        self.announce(seq)
+        if not self.divert(seq):
+            self.enqueue(seq)
+
+    def enqueue(self, seq: Sequence) -> None:
+        """Puts an owned request into the engine's queue; it goes back to its gateway when there is no room."""
+        added = asyncio.wrap_future(self._loop.call(lambda engine: engine.add(seq)))
+        added.add_done_callback(lambda done: self._added(seq, done))
+
+    def _added(self, seq: Sequence, done: asyncio.Future[None]) -> None:
+        error = None if done.cancelled() else done.exception()
+        if error is not None and self.owned.get(seq.request_id) is seq:
+            self.give_back([seq], reason=str(error))
+
+    def embed(self, seq: Sequence) -> torch.Tensor:
+        """See `EngineLoop.embed`."""
+        return self._loop.embed(seq)
 
     def own(self, seq: Sequence, *, layers_done: int) -> None:
         """The request is about to enter the engine; its gateway hears of it with `announce`."""
@@ -115,18 +127,18 @@ class RequestDesk:
                     self._emptied.clear()
                     await self._emptied.wait()
 
-    async def cancel(self, request_id: str, attempt: int) -> None:
+    def cancel(self, request_id: str, attempt: int) -> None:
         """A gateway's Cancel."""
         seq = self.owned.get(request_id)
         if seq is None or seq.attempt > attempt:
             return
         self.disown(request_id)
-        await self.ask(lambda engine: engine.cancel(request_id))
+        self._loop.call(lambda engine: engine.cancel(request_id))
 
-    async def cancel_gateway(self, gateway_id: str) -> None:
+    def cancel_gateway(self, gateway_id: str) -> None:
         """The gateway is gone for good: so are its requests."""
         for seq in [s for s in self.owned.values() if s.gateway_id == gateway_id]:
-            await self.cancel(seq.request_id, seq.attempt)
+            self.cancel(seq.request_id, seq.attempt)
 
     def give_back(self, sequences: Iterable[Sequence], *, reason: str) -> None:
         """Returns requests, already out of the engine, to their gateways."""

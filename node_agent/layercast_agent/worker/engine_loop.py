@@ -105,6 +105,22 @@ class EngineLoop:
             self._wake.notify()
         return future
 
+    def check(self, seq: Sequence) -> None:
+        """Raises RequestError for what this engine could never serve. From any thread: it reads only limits."""
+        self._engine.check(seq)
+
+    def embed(self, seq: Sequence) -> torch.Tensor:
+        """The state of a request after no layer, its embeddings, as `Engine.export_state` gives it.
+
+        From any thread, for a request that is not in the engine: it reads only parameters. An overloaded source
+        must be able to give work away in the middle of a long step.
+        """
+        with torch.inference_mode():
+            self._engine.embed(seq)
+            state = self._engine.export_state(seq)
+            seq.hidden = None
+            return state
+
     def attach(self, segment: int, tensors: Mapping[str, torch.Tensor]) -> Future[None]:
         """Makes a verified segment executable."""
 

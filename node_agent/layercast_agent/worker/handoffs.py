@@ -34,7 +34,7 @@ class StateBytes:
     """A request's exported state as memory that a peer may read."""
 
     def __init__(self, state: torch.Tensor) -> None:
-        self._view = memoryview(state.cpu().numpy())
+        self._view = memoryview(state.cpu().numpy().data)
         self.nbytes = len(self._view)
 
     def view(self, offset: int, nbytes: int) -> memoryview:

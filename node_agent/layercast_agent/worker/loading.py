@@ -39,7 +39,7 @@ TORCH_DTYPES = {
 REQUESTS_WAITING_MAX = 256
 """Bound of the engine's queue; gateways keep the long queue."""
 
-STEP_TOKENS_MAX = {"cpu": 192, "cuda": 2048}
+STEP_TOKENS_MAX = {"cpu": 128, "cuda": 2048}
 """Tokens a step, by kind of device: small enough that decodes of the batch are not delayed for long."""
 
 

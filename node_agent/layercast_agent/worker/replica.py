@@ -138,7 +138,7 @@ class Replica:
     async def _stay_live(self, source: peer_pb2.Peer) -> None:
         """Asks the source to share its queue, from the first resident layer until the last segment."""
         async with grpc.aio.insecure_channel(source.address) as channel:
-            stub = peer_pb2_grpc.PeerServiceAsyncStub(channel)
+            stub = peer_pb2_grpc.PeerServiceStub(channel)
             request = peer_pb2.StartCooperationRequest(target=self._me, digest=self.spec.digest)
             await self._first_layer.wait()
             while self.state == agent_pb2.REPLICA_STATE_LIVE:

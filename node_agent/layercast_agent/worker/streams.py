@@ -88,9 +88,9 @@ class GatewayStreams:
 class RequestHandler(Protocol):
     """What the stream does with a gateway's commands; the worker's assignment implements it."""
 
-    async def submit(self, request: pb.Request) -> None: ...
-    async def cancel(self, request_id: str, attempt: int) -> None: ...
-    async def cancel_gateway(self, gateway_id: str) -> None: ...
+    def submit(self, request: pb.Request) -> None: ...
+    def cancel(self, request_id: str, attempt: int) -> None: ...
+    def cancel_gateway(self, gateway_id: str) -> None: ...
     def model_files(self, digest: str) -> dict[str, bytes] | None: ...
 
 
@@ -135,9 +135,9 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         async for message in requests:
             match message.WhichOneof("command"):
                 case "submit":
-                    await self._handler.submit(message.submit.request)
+                    self._handler.submit(message.submit.request)
                 case "cancel":
-                    await self._handler.cancel(message.cancel.request_id, message.cancel.attempt)
+                    self._handler.cancel(message.cancel.request_id, message.cancel.attempt)
                 case _:
                     log.warning("a gateway sent a command that is not known here")
         outbox.close()
@@ -147,7 +147,7 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         self._orphans.pop(gateway_id, None)
         if not self._streams.connected(gateway_id):
             log.info("requests of a gateway that went away are cancelled", extra={"gateway": gateway_id})
-            await self._handler.cancel_gateway(gateway_id)
+            self._handler.cancel_gateway(gateway_id)
 
     async def GetModelFiles(
         self,

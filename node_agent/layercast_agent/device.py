@@ -1,0 +1,86 @@
+"""Memory of a device that parameters land in: the one place, beside the engine, that knows torch.
+
+A transfer writes host bytes and a peer reads host bytes, whatever the device. On a CPU both touch the memory itself.
+On CUDA incoming bytes pass through pinned memory, from which the copy engine takes them, and outgoing ones through
+pinned memory as well; torch's caching host allocator keeps that memory from one chunk to the next. Every method may
+be called from any thread.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_BLOCK_WORDS = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Words that are widened to 64 bits at once: what fits the cache, and what fills a GPU."""
+
+
+class DeviceMemory:
+    """`nbytes` bytes on a device, as `tensor`, uint8 [nbytes]; their first content is undefined."""
+
+    def __init__(self, nbytes: int, device: torch.device) -> None:
+        self.nbytes = nbytes
+        # Views of it become parameters, which must be usable inside and outside inference mode.
+        with torch.inference_mode(mode=False):
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+        self._host = self.tensor.numpy().data if device.type == "cpu" else None
+        # Own streams: neither the engine's kernels nor the other direction are waited for.
+        self._streams = [] if device.type == "cpu" else [_stream(device), _stream(device)]
+
+    def view(self, offset: int, nbytes: int) -> memoryview:
+        """Host-readable bytes [offset, offset + nbytes): the memory itself on a CPU, a copy on CUDA."""
+        self._check(offset, nbytes)
+        if self._host is not None:
+            return self._host[offset : offset + nbytes]
+        host = torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+        self._copy(host, self.tensor[offset : offset + nbytes], self._streams[0])
+        return host.numpy().data
+
+    def staging(self, offset: int, nbytes: int) -> memoryview:
+        """Writable host memory for the incoming bytes of that range; `commit` puts them there."""
+        self._check(offset, nbytes)
+        if self._host is not None:
+            return self._host[offset : offset + nbytes]
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
+
+    def commit(self, offset: int, nbytes: int, staged: memoryview) -> None:
+        """Makes staged bytes visible on the device to everybody; returns when they are."""
+        self._check(offset, nbytes)
+        if self._host is None:
+            host = torch.frombuffer(staged, dtype=torch.uint8)
+            self._copy(self.tensor[offset : offset + nbytes], host, self._streams[1])
+
+    def _check(self, offset: int, nbytes: int) -> None:
+        if not 0 <= offset <= offset + nbytes <= self.nbytes:
+            raise ValueError(f"bytes [{offset}, {offset + nbytes}) of {self.nbytes}")
+
+    def _copy(self, to: torch.Tensor, source: torch.Tensor, stream: torch.cuda.Stream) -> None:
+        with torch.cuda.stream(stream):
+            to.copy_(source, non_blocking=True)
+            done = stream.record_event()
+        done.synchronize()
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+
+
+def segment_checksum(data: torch.Tensor) -> int:
+    """The checksum of `layercast_agent.checksum` over a tensor uint8 [n], computed on the device that holds it."""
+    whole = data.numel() // 4 * 4
+    words = data[:whole].view(torch.int32)
+    if whole < data.numel():
+        tail = torch.zeros(4, dtype=torch.uint8, device=data.device)
+        tail[: data.numel() - whole] = data[whole:]
+        words = torch.cat([words, tail.view(torch.int32)])
+    block = _BLOCK_WORDS.get(data.device.type, 1 << 18)
+    positions = torch.arange(1, block + 1, dtype=torch.int64, device=data.device)
+    s1 = torch.zeros((), dtype=torch.int64, device=data.device)
+    s2 = torch.zeros((), dtype=torch.int64, device=data.device)
+    for start in range(0, words.numel(), block):
+        # Signed or not is the same modulo 2^32, and sums that wrap modulo 2^64 stay right modulo 2^32.
+        wide = words[start : start + block].to(torch.int64)
+        part = wide.sum()
+        s1 += part
+        s2 += (wide * positions[: wide.numel()]).sum() + start * part
+    mask = 0xFFFF_FFFF
+    return (int(s2) & mask) << 32 | (int(s1) & mask)

@@ -1,0 +1,69 @@
+"""KV pages: one allocation for all layers, written by slot and read in place where pages lie in one run.
+
+A slot is one position of one page; slot = page x page size + offset. In memory layer comes first, then key or value,
+then slots: the KV of some layers at some positions is one indexed read, in the order in which a handoff sends it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layercast_agent.engine.architectures import ModelShape
+from layercast_agent.engine.pages import PageAllocator
+
+__all__ = ["KVCache", "PageAllocator"]
+
+
+class KVCache:
+    """Keys and values of all layers. `allocator` says whose pages are whose; the engine's scheduler uses it."""
+
+    def __init__(self, shape: ModelShape, pages: int, page_size: int = 16, *, device: torch.device) -> None:
+        self.page_size = page_size
+        self.device = device
+        self.dtype = shape.dtype
+        self.layers = shape.layers
+        self.row_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        """Bytes of one position in one layer."""
+        self.allocator = PageAllocator(pages)
+        size = (shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim)
+        with torch.inference_mode(mode=False):
+            # Outside inference mode, so that it may be written both inside and outside. Zeros cost nothing until
+            # they are written, and a stale NaN could never leak through a mask.
+            self._slots = torch.zeros(size, dtype=shape.dtype, device=device)
+
+    def key(self, layer: int) -> torch.Tensor:
+        """Keys of a layer, [pages, page size, kv heads, head dim]; a view."""
+        return self._slots[layer, 0].view(-1, self.page_size, *self._slots.shape[3:])
+
+    def value(self, layer: int) -> torch.Tensor:
+        """Values of a layer, [pages, page size, kv heads, head dim]; a view."""
+        return self._slots[layer, 1].view(-1, self.page_size, *self._slots.shape[3:])
+
+    def slots(self, pages: Sequence[int], start: int, stop: int) -> torch.Tensor:
+        """Slots of positions [start, stop) of a request that holds these pages: [stop - start] int64, on the host."""
+        positions = torch.arange(start, stop)
+        table = torch.tensor(pages, dtype=torch.int64)
+        return table[positions // self.page_size] * self.page_size + positions % self.page_size
+
+    def write(self, layer: int, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Stores keys and values [T, kv heads, head dim] of the positions at `slots` [T] (on the device)."""
+        self._slots[layer, 0].index_copy_(0, slots, keys)
+        self._slots[layer, 1].index_copy_(0, slots, values)
+
+    def read(self, layer: int, slots: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values [S, kv heads, head dim]: views for a slice, copies for a tensor of slots."""
+        return self._slots[layer, 0][slots], self._slots[layer, 1][slots]
+
+    def export_layers(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
+        """A copy of the first `layers` layers at the first `positions` positions: [layers, 2, positions, kv heads,
+        head dim]."""
+        slots = self.slots(pages, 0, positions).to(self.device)
+        return self._slots[:layers].index_select(2, slots)
+
+    def import_layers(self, pages: Sequence[int], data: torch.Tensor) -> None:
+        """Stores what `export_layers` returned, of the same shape, in these pages."""
+        layers, _, positions = data.shape[:3]
+        slots = self.slots(pages, 0, positions).to(self.device)
+        self._slots[:layers].index_copy_(2, slots, data.to(self.device))

@@ -1,0 +1,161 @@
+"""transformers' decoder layers, called one by one (the generic block).
+
+The modules are built on the meta device, so building costs no parameter memory; `attach` then points their
+parameters at memory that somebody else owns and a transfer fills. Buffers (rotary frequencies, Gemma's embedding
+scale) are in no checkpoint and are real from the start.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+
+from layercast_agent.engine.architectures import ModelShape, shape_of, transformers_config
+from layercast_agent.engine.attention import ATTENTION, BatchPlan, current_batch, paged_attention
+from layercast_agent.errors import AgentError, CheckpointError
+from layercast_agent.layout import segment_index
+
+__all__ = ["LayeredModel", "ModelShape", "shape_of"]
+
+LM_HEAD = "lm_head.weight"
+
+
+class LayeredModel:
+    """One model whose layers run in slices. Not thread-safe: the thread that owns the engine owns it."""
+
+    def __init__(self, *, config: Mapping[str, Any], shape: ModelShape, device: torch.device) -> None:
+        """Raises as `shape_of`. `shape` comes from there; parameters are expected in its dtype, on `device`."""
+        self.shape = shape
+        self.device = device
+        self.config = transformers_config(config)
+        self._modules = _build(self.config, shape.dtype, device)
+        decoder = self._modules.get_decoder()
+        self._embed: nn.Module = decoder.embed_tokens
+        self._layers: list[nn.Module] = list(decoder.layers)
+        self._norm: nn.Module = decoder.norm
+        self._rotary: nn.Module = decoder.rotary_emb
+        self._head: nn.Module = self._modules.get_output_embeddings()
+        self._rotary_kinds = _rotary_kinds(self._rotary, self.config)
+        self._missing: list[set[str]] = [set() for _ in range(shape.layers + 2)]
+        for name, _ in self.named_parameters():
+            self._missing[segment_index(name, shape.layers)].add(name)
+
+    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Name and parameter, as a checkpoint stores them: tied ones once. On the meta device until attached."""
+        for name, parameter in self._modules.named_parameters(remove_duplicate=False):
+            if not (self.shape.tied and name == LM_HEAD):
+                yield name, parameter
+
+    def attach(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Points parameters, named as in the checkpoint, at these tensors; no copy. Any subset, any order.
+
+        Raises CheckpointError naming the tensor that the model does not have or has in another shape or dtype.
+        """
+        for name, tensor in tensors.items():
+            owner, attribute = self._owner(name)
+            expected: torch.Tensor = getattr(owner, attribute)
+            if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
+                raise CheckpointError(
+                    f"{tensor.dtype} {list(tensor.shape)} where the model has {expected.dtype} "
+                    f"{list(expected.shape)}",
+                    tensor=name,
+                )
+            parameter = nn.Parameter(tensor, requires_grad=False)
+            setattr(owner, attribute, parameter)
+            if self.shape.tied and owner is self._embed:
+                self._head.weight = parameter
+            self._missing[segment_index(name, self.shape.layers)].discard(name)
+
+    @torch.inference_mode()
+    def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Token ids [T] to hidden states [T, hidden size]."""
+        self._require(0)
+        hidden: torch.Tensor = self._embed(token_ids)
+        multiplier = getattr(self.config, "embedding_multiplier", None)  # Granite
+        return hidden if multiplier is None else hidden * multiplier
+
+    @torch.inference_mode()
+    def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
+        """The primitive: runs layers [first, last) on hidden states [T, hidden size], returns [T, hidden size].
+
+        Stores the KV of the batch's tokens in those layers, and expects that of all tokens before them.
+        """
+        positions = batch.positions[None]
+        states = hidden[None]
+        rotary = {
+            kind: self._rotary(states, positions, **({"layer_type": kind} if kind else {}))
+            for kind in set(self._rotary_kinds[first:last])
+        }
+        token = current_batch.set(batch)
+        try:
+            for layer in range(first, last):
+                self._require(layer + 1)
+                states = self._layers[layer](
+                    states,
+                    attention_mask=None,
+                    position_ids=positions,
+                    past_key_values=None,
+                    position_embeddings=rotary[self._rotary_kinds[layer]],
+                )
+        finally:
+            current_batch.reset(token)
+        return states[0]
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Hidden states after the last layer [N, hidden size] to logits [N, vocabulary], float32."""
+        self._require(self.shape.layers + 1)
+        if self.shape.tied:
+            self._require(0)
+        logits: torch.Tensor = self._head(self._norm(hidden[None]))[0]
+        scaling = getattr(self.config, "logits_scaling", None)  # Granite
+        if scaling is not None:
+            logits = logits / scaling
+        cap = getattr(self.config, "final_logit_softcapping", None)  # Gemma
+        if cap is not None:
+            logits = torch.tanh(logits / cap) * cap
+        return logits.float()
+
+    def _require(self, segment: int) -> None:
+        """A segment that is not attached must not be executed; whoever schedules knows what is resident."""
+        if self._missing[segment]:
+            raise AgentError(
+                f"segment {segment} is executed, but {min(self._missing[segment])} is not attached"
+            )
+
+    def _owner(self, name: str) -> tuple[nn.Module, str]:
+        """The module that has a parameter, and the parameter's name there."""
+        path, _, attribute = name.rpartition(".")
+        if not (self.shape.tied and name == LM_HEAD):
+            try:
+                owner = self._modules.get_submodule(path)
+            except AttributeError:
+                owner = None
+            if owner is not None and isinstance(owner._parameters.get(attribute), nn.Parameter):
+                return owner, attribute
+        raise CheckpointError("the model has no such parameter", tensor=name)
+
+
+def _build(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
+    """The module tree: parameters on the meta device, buffers on `device`."""
+    from transformers import AttentionInterface, AutoModelForCausalLM
+
+    AttentionInterface.register(ATTENTION, paged_attention)
+    # Buffers are excluded on purpose: no checkpoint has them, so on the meta device they would be lost.
+    with torch.inference_mode(mode=False), init_empty_weights(include_buffers=False):
+        modules = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
+    for module in modules.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(device))
+    return modules.eval()
+
+
+def _rotary_kinds(rotary: nn.Module, config: Any) -> list[str]:
+    """For each layer which of the model's rotary embeddings it takes: "" where there is only one."""
+    if hasattr(rotary, "layer_types"):
+        return list(config.layer_types)
+    return [""] * int(config.num_hidden_layers)

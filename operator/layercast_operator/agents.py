@@ -1,0 +1,280 @@
+"""The operator's end of AgentService: the wire turned into values, actions turned into calls.
+
+The only module that knows both the protocol buffers and the planner's values. Every call has a deadline, and every
+gRPC exception ends here as an AgentCallError.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import assert_never
+
+import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
+from layercast.agent.v1alpha1 import agent_pb2 as pb
+from layercast.agent.v1alpha1 import agent_pb2_grpc
+from layercast.peer.v1alpha1 import peer_pb2
+
+from layercast_operator.actions import (
+    Action,
+    DrainReplica,
+    PrepareCheckpoint,
+    StartReplica,
+    StartTransfer,
+    StopReplica,
+)
+from layercast_operator.errors import AgentCallError
+from layercast_operator.snapshot import (
+    Checkpoint,
+    CheckpointState,
+    Device,
+    Node,
+    PeerRef,
+    Replica,
+    ReplicaState,
+    Timeline,
+    Transfer,
+    WorkerState,
+)
+
+CALL_DEADLINE_S = 5.0
+# StartReplica builds the model and allocates its memory before it answers.
+START_DEADLINE_S = 30.0
+
+_CHANNEL_OPTIONS = (
+    # An agent that was restarted must be found again in a moment, not after gRPC's two minutes.
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+    ("grpc.enable_http_proxy", 0),
+)
+
+_REPLICA_STATES = {
+    pb.REPLICA_STATE_LOADING: ReplicaState.LOADING,
+    pb.REPLICA_STATE_LIVE: ReplicaState.LIVE,
+    pb.REPLICA_STATE_SERVING: ReplicaState.SERVING,
+    pb.REPLICA_STATE_DRAINING: ReplicaState.DRAINING,
+    pb.REPLICA_STATE_DRAINED: ReplicaState.DRAINED,
+    pb.REPLICA_STATE_FAILED: ReplicaState.FAILED,
+}
+_WORKER_STATES = {
+    pb.WORKER_STATE_WARMING: WorkerState.WARMING,
+    pb.WORKER_STATE_IDLE: WorkerState.IDLE,
+    pb.WORKER_STATE_ASSIGNED: WorkerState.ASSIGNED,
+    pb.WORKER_STATE_DEAD: WorkerState.DEAD,
+}
+_CHECKPOINT_STATES = {
+    pb.CHECKPOINT_STATE_FETCHING: CheckpointState.FETCHING,
+    pb.CHECKPOINT_STATE_PACKING: CheckpointState.PACKING,
+    pb.CHECKPOINT_STATE_READY: CheckpointState.READY,
+    pb.CHECKPOINT_STATE_FAILED: CheckpointState.FAILED,
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class _Line:
+    """An open connection to one agent."""
+
+    address: str
+    channel: grpc.aio.Channel
+    stub: agent_pb2_grpc.AgentServiceAsyncStub
+
+
+class AgentCalls:
+    """Calls to all agents; keeps one connection per node."""
+
+    def __init__(self) -> None:
+        self._lines: dict[str, _Line] = {}
+
+    async def set_addresses(self, addresses: Mapping[str, str]) -> None:
+        """Who the agents are from now on; connections to others are closed."""
+        for node in list(self._lines):
+            if addresses.get(node) != self._lines[node].address:
+                await self._lines.pop(node).channel.close()
+        for node, address in addresses.items():
+            if node not in self._lines:
+                channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                stub = agent_pb2_grpc.AgentServiceStub(channel)
+                self._lines[node] = _Line(address=address, channel=channel, stub=stub)
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self.set_addresses({})
+
+    async def get_status(self, node: str, *, polled_at: float, deadline_s: float) -> Node:
+        """What the agent of `node` tells. Raises AgentCallError."""
+        try:
+            answer = await self._line(node).stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s)
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(node, error) from error
+        return node_of(answer, name=node, polled_at=polled_at)
+
+    async def carry_out(self, action: Action) -> None:
+        """One command. Raises AgentCallError."""
+        stub = self._line(action.node).stub
+        try:
+            match action:
+                case PrepareCheckpoint():
+                    await stub.PrepareCheckpoint(_prepare(action), timeout=CALL_DEADLINE_S)
+                case StartReplica():
+                    await stub.StartReplica(_start(action), timeout=START_DEADLINE_S)
+                case StartTransfer():
+                    await stub.StartTransfer(_transfer(action), timeout=CALL_DEADLINE_S)
+                case DrainReplica():
+                    drain = pb.DrainReplicaRequest(
+                        replica_id=action.replica_id, grace_ms=int(action.grace_s * 1000)
+                    )
+                    await stub.DrainReplica(drain, timeout=CALL_DEADLINE_S)
+                case StopReplica():
+                    stop = pb.StopReplicaRequest(replica_id=action.replica_id)
+                    await stub.StopReplica(stop, timeout=CALL_DEADLINE_S)
+                case _:
+                    assert_never(action)
+        except grpc.aio.AioRpcError as error:
+            raise _call_error(action.node, error) from error
+
+    def _line(self, node: str) -> _Line:
+        if node not in self._lines:
+            raise AgentCallError("is not in the cluster any more", node=node, code="NOT_FOUND")
+        return self._lines[node]
+
+
+def _call_error(node: str, error: grpc.aio.AioRpcError) -> AgentCallError:
+    details = " ".join((error.details() or "no details").split())[:500]
+    return AgentCallError(details, node=node, code=error.code().name)
+
+
+def _prepare(action: PrepareCheckpoint) -> pb.PrepareCheckpointRequest:
+    return pb.PrepareCheckpointRequest(
+        key=action.key, source=action.source, revision=action.revision, dtype=action.dtype
+    )
+
+
+def _start(action: StartReplica) -> pb.StartReplicaRequest:
+    peer = action.manifest_peer
+    return pb.StartReplicaRequest(
+        replica_id=action.replica_id,
+        model=action.model,
+        digest=action.digest,
+        manifest_peer=None if peer is None else _peer(peer),
+        context_length_max=action.context_length_max,
+        batch_size_max=action.batch_size_max,
+        device_id=action.device_id,
+    )
+
+
+def _transfer(action: StartTransfer) -> pb.StartTransferRequest:
+    source = action.live_source
+    return pb.StartTransferRequest(
+        replica_id=action.replica_id,
+        transfer_id=action.transfer_id,
+        generation=action.generation,
+        upstreams=[
+            pb.Upstream(local_disk=True) if peer is None else pb.Upstream(peer=_peer(peer))
+            for peer in action.upstreams
+        ],
+        segment_order=action.segment_order,
+        live_source=None if source is None else _peer(source),
+    )
+
+
+def _peer(peer: PeerRef) -> peer_pb2.Peer:
+    return peer_pb2.Peer(peer_id=peer.peer_id, address=peer.address, data_address=peer.data_address)
+
+
+def node_of(answer: pb.GetStatusResponse, *, name: str, polled_at: float) -> Node:
+    """A node's answer as a value. `name` is the cluster's name for it, whatever it calls itself."""
+    return Node(
+        name=name,
+        instance_id=answer.instance_id,
+        peer=_peer_of(answer.peer),
+        devices=tuple(_device_of(device) for device in answer.devices),
+        checkpoints=tuple(_checkpoint_of(checkpoint) for checkpoint in answer.checkpoints),
+        replicas=tuple(_replica_of(replica, name) for replica in answer.replicas),
+        egress_bytes_per_s=answer.egress_bytes_per_s,
+        disk_bytes_per_s=answer.disk_bytes_per_s,
+        leaf=answer.leaf,
+        polled_at=polled_at,
+    )
+
+
+def _peer_of(peer: peer_pb2.Peer) -> PeerRef:
+    return PeerRef(peer_id=peer.peer_id, address=peer.address, data_address=peer.data_address)
+
+
+def _device_of(device: pb.Device) -> Device:
+    return Device(
+        device_id=device.device_id,
+        memory_bytes=device.memory_bytes,
+        # A state of a newer agent that we do not know is none that we may use.
+        worker_state=_WORKER_STATES.get(device.worker_state, WorkerState.DEAD),
+        replica_id=device.replica_id,
+        error=device.error,
+    )
+
+
+def _checkpoint_of(checkpoint: pb.Checkpoint) -> Checkpoint:
+    return Checkpoint(
+        key=checkpoint.key,
+        state=_CHECKPOINT_STATES.get(checkpoint.state, CheckpointState.FAILED),
+        digest=checkpoint.digest,
+        done_bytes=checkpoint.done_bytes,
+        total_bytes=checkpoint.total_bytes,
+        error=checkpoint.error,
+        segment_bytes=tuple(checkpoint.segment_bytes),
+        context_length_max=checkpoint.context_length_max,
+        on_disk=checkpoint.on_disk,
+        in_host_memory=checkpoint.in_host_memory,
+    )
+
+
+def _replica_of(replica: pb.Replica, node: str) -> Replica:
+    load, seen = replica.load, replica.timeline
+    return Replica(
+        replica_id=replica.replica_id,
+        model=replica.model,
+        digest=replica.digest,
+        node=node,
+        device_id=replica.device_id,
+        state=_REPLICA_STATES.get(replica.state, ReplicaState.FAILED),
+        peer=_peer_of(replica.peer),
+        layers_resident=replica.layers_resident,
+        layers_total=replica.layers_total,
+        transfer=_transfer_of(replica.transfer) if replica.HasField("transfer") else None,
+        requests_waiting=load.requests_waiting,
+        requests_running=load.requests_running,
+        prompt_tokens_waiting=load.prompt_tokens_waiting,
+        kv_pages_used=load.kv_pages_used,
+        kv_pages_total=load.kv_pages_total,
+        prefill_tokens_per_s=load.prefill_tokens_per_s,
+        handoffs_given=load.handoffs_given,
+        handoffs_taken=load.handoffs_taken,
+        timeline=Timeline(
+            assigned_at=_seconds(seen.assigned_at, known=seen.HasField("assigned_at")),
+            first_segment_at=_seconds(seen.first_segment_at, known=seen.HasField("first_segment_at")),
+            first_layer_at=_seconds(seen.first_layer_at, known=seen.HasField("first_layer_at")),
+            first_token_at=_seconds(seen.first_token_at, known=seen.HasField("first_token_at")),
+            complete_at=_seconds(seen.complete_at, known=seen.HasField("complete_at")),
+        ),
+        error=replica.error,
+    )
+
+
+def _transfer_of(transfer: pb.Transfer) -> Transfer | None:
+    if not transfer.transfer_id:
+        return None
+    return Transfer(
+        transfer_id=transfer.transfer_id,
+        generation=transfer.generation,
+        upstream=transfer.upstream,
+        done_bytes=transfer.done_bytes,
+        total_bytes=transfer.total_bytes,
+        bytes_per_s=transfer.bytes_per_s,
+        failures=tuple(transfer.failures),
+        stalled=transfer.stalled,
+    )
+
+
+def _seconds(stamp: Timestamp, *, known: bool) -> float | None:
+    return stamp.seconds + stamp.nanos / 1e9 if known else None

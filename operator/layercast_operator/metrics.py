@@ -1,0 +1,140 @@
+"""What the operator counts, and where it is read: /metrics, /healthz and /readyz on one small HTTP server."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from aiohttp import web
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from layercast_operator.errors import SettingsError
+from layercast_operator.snapshot import Replica
+
+_PREFIX = "layercast_operator_"
+
+
+class Metrics:
+    """All metrics of one operator, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self.replicas = Gauge(
+            _PREFIX + "replicas",
+            "Replicas by state, `desired` included.",
+            ["model", "state"],
+            registry=self.registry,
+        )
+        self.layers_resident = Gauge(
+            _PREFIX + "layers_resident",
+            "Transformer layers resident.",
+            ["model", "replica"],
+            registry=self.registry,
+        )
+        self.transfer_bytes_per_s = Gauge(
+            _PREFIX + "transfer_bytes_per_second",
+            "Rate of parameters that arrive at a replica.",
+            ["model", "replica"],
+            registry=self.registry,
+        )
+        self.decisions = Counter(
+            _PREFIX + "decisions",
+            "Changes of the wanted number, by rule.",
+            ["model", "rule"],
+            registry=self.registry,
+        )
+        self.actions = Counter(
+            _PREFIX + "actions",
+            "Commands to agents, by kind and gRPC code.",
+            ["kind", "code"],
+            registry=self.registry,
+        )
+        self.reconcile_seconds = Histogram(
+            _PREFIX + "reconcile_seconds",
+            "One pass over one model, without waiting for agents.",
+            ["model"],
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1.0),
+            registry=self.registry,
+        )
+        self.reconcile_errors = Counter(
+            _PREFIX + "reconcile_errors",
+            "Passes that ended by an exception: bugs.",
+            ["model"],
+            registry=self.registry,
+        )
+        self.scrape_failures = Counter(
+            _PREFIX + "scrape_failures",
+            "Gateways that did not tell their demand.",
+            ["gateway"],
+            registry=self.registry,
+        )
+        self.poll_failures = Counter(
+            _PREFIX + "poll_failures", "Agents that did not answer.", ["node"], registry=self.registry
+        )
+
+    def show_model(self, status: Mapping[str, Any], replicas: tuple[Replica, ...]) -> None:
+        """Take over what a pass reported of one model."""
+        model = str(status["name"])
+        for state, count in status["replicas"].items():
+            self.replicas.labels(model, state).set(count)
+        listed = {(model, replica.replica_id) for replica in replicas}
+        for series in (self.layers_resident, self.transfer_bytes_per_s):
+            _forget(series, model, keep=listed)
+        for replica in replicas:
+            self.layers_resident.labels(model, replica.replica_id).set(replica.layers_resident)
+            rate = replica.transfer.bytes_per_s if replica.transfer is not None and replica.arriving else 0
+            self.transfer_bytes_per_s.labels(model, replica.replica_id).set(rate)
+
+    def forget_model(self, model: str) -> None:
+        """Its ModelService is gone."""
+        for series in (self.replicas, self.layers_resident, self.transfer_bytes_per_s):
+            _forget(series, model, keep=set())
+
+
+def _forget(series: Gauge, model: str, *, keep: set[tuple[str, str]]) -> None:
+    """Remove the series of one model that nothing stands behind any more."""
+    shown = {
+        (sample.labels["model"], sample.labels[name])
+        for metric in series.collect()
+        for sample in metric.samples
+        for name in sample.labels
+        if name != "model"
+    }
+    for labels in shown - keep:
+        if labels[0] == model:
+            series.remove(*labels)
+
+
+async def serve_metrics(
+    metrics: Metrics, *, host: str, port: int, alive: Callable[[], bool], ready: Callable[[], bool]
+) -> tuple[web.AppRunner, int]:
+    """Serve until the runner is cleaned up; returns it and the port. Raises SettingsError when the port is taken."""
+
+    async def show(_request: web.Request) -> web.Response:
+        return web.Response(
+            body=generate_latest(metrics.registry), headers={"Content-Type": "text/plain; version=0.0.4"}
+        )
+
+    def probe(check: Callable[[], bool]) -> Callable[[web.Request], Any]:
+        async def answer(_request: web.Request) -> web.Response:
+            good = check()
+            return web.Response(status=200 if good else 503, text="ok\n" if good else "not yet\n")
+
+        return answer
+
+    app = web.Application()
+    app.add_routes(
+        [
+            web.get("/metrics", show),
+            web.get("/healthz", probe(alive)),
+            web.get("/readyz", probe(ready)),
+        ]
+    )
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, host, port, reuse_port=False).start()
+    except OSError as error:
+        await runner.cleanup()
+        raise SettingsError(f"--metrics-listen {host}:{port} cannot be used: {error.strerror}") from error
+    return runner, int(runner.addresses[0][1])

@@ -1,0 +1,201 @@
+"""Looks at everything, all the time: one loop per agent, one per gateway, each with its own deadline.
+
+A node that does not answer is *silent* (unknown) at once and *lost* after a while; both begin with a question that
+failed, never with the operator's own silence, so an operator that was stopped for a minute finds nobody lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import aiohttp
+
+from layercast_operator.agents import AgentCalls
+from layercast_operator.demand import Reading, demand_of, parse_reading
+from layercast_operator.errors import AgentCallError
+from layercast_operator.metrics import Metrics
+from layercast_operator.snapshot import Node, NodeHealth, Snapshot
+
+_LOG = logging.getLogger(__name__)
+
+SCRAPE_BYTES_MAX = 8 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ObserverLimits:
+    """How often is looked, and how long is waited."""
+
+    poll_s: float = 0.2
+    deadline_s: float = 1.0
+    lost_after_s: float = 5.0
+    """A node that has not answered for so long counts as gone with its replicas."""
+    demand_age_max_s: float = 2.0
+    """What a gateway told longer ago is unknown."""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Watch:
+    """One agent."""
+
+    task: asyncio.Task[None]
+    soon: asyncio.Event
+    node: Node | None = None
+    failing_since: float | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class _Scrape:
+    """One gateway."""
+
+    task: asyncio.Task[None]
+    reading: Reading | None = None
+
+
+@dataclass(slots=True, kw_only=True)
+class Observer:
+    """Keeps the newest view of the cluster; `wake` is set when something worth a pass has changed."""
+
+    calls: AgentCalls
+    metrics: Metrics
+    clock: Callable[[], float]
+    wake: asyncio.Event
+    limits: ObserverLimits = field(default_factory=ObserverLimits)
+    _watches: dict[str, _Watch] = field(default_factory=dict)
+    _scrapes: dict[str, _Scrape] = field(default_factory=dict)
+    _session: aiohttp.ClientSession | None = None
+
+    async def set_cluster(self, agents: Mapping[str, str], gateways: Iterable[str]) -> None:
+        """Who is looked at from now on."""
+        await self.calls.set_addresses(agents)
+        gateways = set(gateways)
+        gone = [self._watches.pop(node).task for node in list(self._watches) if node not in agents]
+        gone += [self._scrapes.pop(name).task for name in list(self._scrapes) if name not in gateways]
+        await _cancel(gone)
+        for node in agents:
+            if node not in self._watches:
+                task = asyncio.create_task(self._watch(node), name=f"watch {node}")
+                self._watches[node] = _Watch(task=task, soon=asyncio.Event())
+        for gateway in gateways:
+            if gateway not in self._scrapes:
+                task = asyncio.create_task(self._scrape(gateway), name=f"scrape {gateway}")
+                self._scrapes[gateway] = _Scrape(task=task)
+
+    def poll_soon(self, node: str) -> None:
+        """Ask this node again at once: something was done there."""
+        if node in self._watches:
+            self._watches[node].soon.set()
+
+    def snapshot(self, models: Iterable[str]) -> Snapshot:
+        """Everything that is known now."""
+        now = self.clock()
+        nodes, unseen = [], []
+        for name, watch in sorted(self._watches.items()):
+            health = self._health(watch, now)
+            if watch.node is not None:
+                nodes.append(replace(watch.node, health=health))
+            elif health is not NodeHealth.LOST:
+                unseen.append(name)
+        readings = {gateway: scrape.reading for gateway, scrape in self._scrapes.items()}
+        demand, problem = demand_of(readings, models=models, now=now, age_max_s=self.limits.demand_age_max_s)
+        return Snapshot(
+            at=now, nodes=tuple(nodes), unseen=tuple(unseen), demand=demand, demand_problem=problem
+        )
+
+    async def close(self) -> None:
+        """Stop looking."""
+        tasks = [watch.task for watch in self._watches.values()]
+        tasks += [scrape.task for scrape in self._scrapes.values()]
+        self._watches.clear()
+        self._scrapes.clear()
+        await _cancel(tasks)
+        if self._session is not None:
+            await self._session.close()
+
+    def _health(self, watch: _Watch, now: float) -> NodeHealth:
+        if watch.failing_since is None:
+            return NodeHealth.FRESH
+        if now - watch.failing_since >= self.limits.lost_after_s:
+            return NodeHealth.LOST
+        return NodeHealth.SILENT
+
+    async def _watch(self, name: str) -> None:
+        while True:
+            watch = self._watches[name]
+            watch.soon.clear()
+            await self._poll(name, watch)
+            try:
+                await asyncio.wait_for(watch.soon.wait(), self.limits.poll_s)
+            except TimeoutError:
+                continue
+
+    async def _poll(self, name: str, watch: _Watch) -> None:
+        asked_at = self.clock()
+        try:
+            node = await self.calls.get_status(name, polled_at=asked_at, deadline_s=self.limits.deadline_s)
+        except AgentCallError as error:
+            self.metrics.poll_failures.labels(name).inc()
+            if watch.failing_since is None:
+                watch.failing_since = asked_at
+                _LOG.warning("an agent does not answer", extra={"node": name, "problem": str(error)})
+            return
+        if watch.failing_since is not None:
+            _LOG.info("an agent answers again", extra={"node": name})
+        changed = watch.node is None or _gist(node) != _gist(watch.node) or watch.failing_since is not None
+        watch.node, watch.failing_since = node, None
+        if changed:
+            self.wake.set()
+
+    async def _scrape(self, gateway: str) -> None:
+        while True:
+            reading = await self._read_gateway(gateway)
+            if reading is not None:
+                self._scrapes[gateway].reading = reading
+            await asyncio.sleep(self.limits.poll_s)
+
+    async def _read_gateway(self, gateway: str) -> Reading | None:
+        """What a gateway tells, None when it does not."""
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                timeout=aiohttp.ClientTimeout(total=self.limits.deadline_s), trust_env=False
+            )
+        asked_at = self.clock()
+        try:
+            async with self._session.get(f"http://{gateway}/metrics") as answer:
+                answer.raise_for_status()
+                body = await answer.content.read(SCRAPE_BYTES_MAX)
+                while not answer.content.at_eof() and len(body) < SCRAPE_BYTES_MAX:
+                    body += await answer.content.read(SCRAPE_BYTES_MAX - len(body))
+            return parse_reading(body.decode("utf-8"), at=asked_at)
+        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            self.metrics.scrape_failures.labels(gateway).inc()
+            _LOG.debug("a gateway was not scraped", extra={"gateway": gateway, "problem": repr(error)})
+            return None
+
+
+def _gist(node: Node) -> object:
+    """What of a node's answer deserves a pass at once; counters and rates can wait for the tick."""
+    return (
+        node.instance_id,
+        tuple((d.worker_state, d.replica_id) for d in node.devices),
+        tuple((c.key, c.state, c.on_disk) for c in node.checkpoints),
+        tuple(
+            (
+                r.replica_id,
+                r.state,
+                r.peer,
+                r.transfer is not None,
+                r.transfer is not None and r.transfer.stalled,
+            )
+            for r in node.replicas
+        ),
+    )
+
+
+async def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
+    tasks = list(tasks)
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -1,0 +1,194 @@
+"""The loop: look, take a turn for each model, carry out, report. Everything that decides is elsewhere and pure.
+
+A pass happens on every tick and whenever something has changed. It holds nothing that it could not find again, so
+the operator may die at any line. What goes wrong with one model is that model's alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+
+from layercast.route.v1alpha1 import route_pb2
+
+from layercast_operator.actions import StartReplica
+from layercast_operator.cluster import Cluster, Desired
+from layercast_operator.executor import Executor
+from layercast_operator.history import memory_of
+from layercast_operator.metrics import Metrics
+from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.observer import Observer
+from layercast_operator.planner import plan_orphans
+from layercast_operator.routes import RouteInput, RouteTable, route_of, route_of_orphans
+from layercast_operator.snapshot import Snapshot, with_pending
+from layercast_operator.state import ConditionMemory, ModelMemory, after_actions, after_error
+from layercast_operator.status import report, report_invalid
+from layercast_operator.turn import take_turn
+
+_LOG = logging.getLogger(__name__)
+
+_BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
+ALIVE_AFTER_PASS_S = 10.0
+
+
+class Clock:
+    """Seconds since the epoch that never step back: the wall clock at the start, then the monotonic one."""
+
+    def __init__(self) -> None:
+        self._offset = time.time() - time.monotonic()
+
+    def __call__(self) -> float:
+        return self._offset + time.monotonic()
+
+
+def random_id() -> str:
+    """Six characters of base 36."""
+    return "".join(secrets.choice(_BASE36) for _ in range(6))
+
+
+@dataclass(slots=True, kw_only=True)
+class Reconciler:
+    """Owns the memory between passes. Nothing else is kept, and this may be lost."""
+
+    cluster: Cluster
+    observer: Observer
+    executor: Executor
+    routes: RouteTable
+    metrics: Metrics
+    clock: Callable[[], float]
+    wake: asyncio.Event
+    tick_s: float = 0.2
+    policy: ScalePolicy | None = None
+    """Overrides that of every ModelService."""
+    new_id: Callable[[], str] = random_id
+    _memories: dict[str, ModelMemory] = field(default_factory=dict)
+    _invalid: dict[str, dict[str, ConditionMemory]] = field(default_factory=dict)
+    _routes: dict[str, route_pb2.ModelRoute] = field(default_factory=dict)
+    _passed_at: float | None = None
+    _ready: bool = False
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Pass after pass until `stop`; a pass that fails is logged and followed by the next."""
+        while not stop.is_set():
+            self.wake.clear()
+            try:
+                await self.pass_once()
+            except Exception:
+                self.metrics.reconcile_errors.labels("").inc()
+                _LOG.exception("a pass ended by an exception")
+            try:
+                await asyncio.wait_for(self.wake.wait(), self.tick_s)
+            except TimeoutError:
+                continue
+
+    def alive(self) -> bool:
+        """Passes happen."""
+        return self._passed_at is not None and self.clock() - self._passed_at < ALIVE_AFTER_PASS_S
+
+    def ready(self) -> bool:
+        """Passes happen and every node has answered or was given up once: routes are told."""
+        return self._ready and self.alive()
+
+    async def pass_once(self) -> None:
+        """One look at everything, one turn for each model."""
+        desired = await self.cluster.desired()
+        await self.observer.set_cluster(desired.agents, desired.gateways)
+        names = [model.name for model in desired.models]
+        snapshot = with_pending(self.observer.snapshot(names), self.executor.pending())
+        self._take_failures()
+        taken: set[tuple[str, str]] = set()
+        for model in desired.models:
+            await self._one_model(model, desired, snapshot, taken)
+        await self._others(desired, snapshot)
+        if desired.agents and not snapshot.unseen:
+            await self.routes.publish(list(self._routes.values()))
+            self._ready = True
+        self._passed_at = self.clock()
+
+    def _take_failures(self) -> None:
+        for failure in self.executor.take_failures():
+            model = failure.action.model
+            if model in self._memories:
+                self._memories[model] = after_error(
+                    self._memories[model],
+                    failure.action,
+                    code=failure.code,
+                    text=failure.text,
+                    now=failure.at,
+                )
+
+    async def _one_model(
+        self, model: ModelService, desired: Desired, snapshot: Snapshot, taken: set[tuple[str, str]]
+    ) -> None:
+        """A turn; its exceptions end here, for the sake of the other models."""
+        try:
+            with self.metrics.reconcile_seconds.labels(model.name).time():
+                await self._turn(model, desired, snapshot, taken)
+        except Exception:
+            self.metrics.reconcile_errors.labels(model.name).inc()
+            _LOG.exception("a turn ended by an exception", extra={"model": model.name})
+
+    async def _turn(
+        self, model: ModelService, desired: Desired, snapshot: Snapshot, taken: set[tuple[str, str]]
+    ) -> None:
+        name = model.name
+        if name not in self._memories:
+            self._memories[name] = memory_of(await self.cluster.last_status(name) or {})
+        turn = take_turn(
+            model=model,
+            policy=self.policy,
+            snapshot=snapshot,
+            memory=self._memories[name],
+            new_id=self.new_id,
+            taken=taken,
+        )
+        begun = self.executor.submit(turn.plan.actions, snapshot)
+        taken |= {(action.node, action.device_id) for action in begun if isinstance(action, StartReplica)}
+        memory = after_actions(turn.memory, begun, policy=turn.policy, now=snapshot.at)
+        if turn.changed:
+            rule, reason = turn.decision.rule.value, turn.decision.reason
+            self.metrics.decisions.labels(name, rule).inc()
+            _LOG.info(
+                "the number of replicas changes",
+                extra={"model": name, "to": memory.target, "rule": rule, "reason": reason},
+            )
+        endpoint = f"http://{desired.gateways[0]}/v1" if desired.gateways else ""
+        told = report(model, snapshot, replace(turn, memory=memory), endpoint=endpoint)
+        self._memories[name] = told.memory
+        replicas = snapshot.replicas(name)
+        self._routes[name] = route_of(
+            RouteInput(model=model, resolved=told.memory.resolved, replicas=replicas, message=told.message)
+        )
+        self.metrics.show_model(told.status, replicas)
+        await self.cluster.write_status(name, told.status)
+
+    async def _others(self, desired: Desired, snapshot: Snapshot) -> None:
+        """What has no usable ModelService: report broken files, let go what was deleted."""
+        for broken in desired.invalid:
+            before = self._invalid.get(broken.name, {})
+            status, self._invalid[broken.name] = report_invalid(
+                broken.name, broken.problem, before=before, now=snapshot.at
+            )
+            await self.cluster.write_status(broken.name, status)
+        if not desired.complete:
+            return
+        wanted = {model.name for model in desired.models}
+        self.executor.submit(plan_orphans(snapshot, wanted).actions, snapshot)
+        left = {replica.model for replica in snapshot.replicas()} - wanted
+        for name in [name for name in self._routes if name not in wanted | left]:
+            _LOG.info("a ModelService and its replicas are gone", extra={"model": name})
+            del self._routes[name]
+            self._memories.pop(name, None)
+            self.metrics.forget_model(name)
+            await self.cluster.forget(name)
+        for name in left:
+            self._routes[name] = route_of_orphans(name, snapshot.replicas(name))
+        broken_names = {broken.name for broken in desired.invalid}
+        for name in [name for name in self._invalid if name not in broken_names]:
+            del self._invalid[name]
+            if name not in wanted:
+                await self.cluster.forget(name)

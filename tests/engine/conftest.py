@@ -1,0 +1,73 @@
+"""What the engine's tests share: tiny models, each built once."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import pytest
+
+FOLDER = Path(__file__).parent
+
+# Machines are shared: how long one example takes says nothing.
+hypothesis.settings.register_profile("engine", deadline=None, max_examples=80)
+hypothesis.settings.load_profile("engine")
+
+
+def _load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"layercast_test_engine_{name}", FOLDER / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+_FAMILIES = _load("families")
+_built: dict[str, Any] = {}
+
+
+def _tiny(family: str) -> Any:
+    if family not in _built:
+        _built[family] = _FAMILIES.build(family)
+    return _built[family]
+
+
+@pytest.fixture(scope="session")
+def families() -> ModuleType:
+    """tests/engine/families.py, which is no package's member."""
+    return _FAMILIES
+
+
+@pytest.fixture(params=list(_FAMILIES.CONFIGS))
+def tiny(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each family."""
+    return _tiny(request.param)
+
+
+@pytest.fixture
+def llama() -> Any:
+    """A tiny Llama: for what does not depend on the family."""
+    return _tiny("llama")
+
+
+@pytest.fixture
+def gemma() -> Any:
+    """A tiny Gemma 2: windows on every other layer, soft-capping, tied embeddings."""
+    return _tiny("gemma2")
+
+
+@pytest.fixture(scope="session")
+def smollm2_folder() -> Path:
+    """The real model as a Hugging Face folder, where `LAYERCAST_SMOLLM2` or the cache of the demo has it."""
+    folder = Path(
+        os.environ.get("LAYERCAST_SMOLLM2", "~/.cache/layercast/models/SmolLM2-135M-Instruct")
+    ).expanduser()
+    if not (folder / "model.safetensors").exists():
+        pytest.skip(f"no SmolLM2-135M-Instruct at {folder}: python -m layercast_cli.smollm2 {folder}")
+    return folder

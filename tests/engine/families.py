@@ -1,0 +1,209 @@
+"""Tiny random models of every supported family, with transformers' own `generate` as the judge of their tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Ordered
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+from layercast_agent.engine.engine import Engine, EngineLimits
+from layercast_agent.engine.kv import KVCache
+from layercast_agent.engine.model import LayeredModel, shape_of
+from layercast_agent.engine.sequence import SamplingParams, Sequence, TokenEvent
+
+CPU = torch.device("cpu")
+VOCABULARY = 199
+WINDOW = 6  # shorter than most prompts of the tests
+STEPS_MAX = 400
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+}
+_GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
+
+CONFIGS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"], "rope_theta": 500.0},
+    "llama-tied-biased": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "attention_bias": True,
+        "mlp_bias": True,
+        "num_key_value_heads": 1,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+    "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": WINDOW, "head_dim": 12},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen2-windowed": {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        **_GEMMA,
+        "num_hidden_layers": 4,
+        "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"architectures": ["Gemma3ForCausalLM"], **_GEMMA, "sliding_window_pattern": 2},
+    "gpt_oss": {
+        "architectures": ["GptOssForCausalLM"],
+        "head_dim": 16,
+        "sliding_window": WINDOW,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+    },
+    "granite": {
+        "architectures": ["GraniteForCausalLM"],
+        "embedding_multiplier": 3.0,
+        "logits_scaling": 2.0,
+        "attention_multiplier": 0.3,
+        "residual_multiplier": 0.7,
+    },
+    "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
+    "phi3": {"architectures": ["Phi3ForCausalLM"], "sliding_window": WINDOW, "partial_rotary_factor": 0.5},
+}
+
+
+def config_of(family: str) -> dict[str, Any]:
+    """config.json of a tiny model."""
+    return {"model_type": family, **_SIZES, **CONFIGS[family]}
+
+
+@dataclass(slots=True)
+class Tiny:
+    """One tiny model, as transformers runs it and as we do; both read the same parameters."""
+
+    config: dict[str, Any]
+    judge: Any
+    model: LayeredModel
+    _answers: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> int:
+        return self.model.shape.layers
+
+    def expected(self, prompt: Ordered[int], count: int) -> list[int]:
+        """The greedy continuation, by transformers."""
+        key = (tuple(prompt), count)
+        if key not in self._answers:
+            answer = self.judge.generate(
+                torch.tensor([prompt]), do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
+            )
+            self._answers[key] = answer[0, len(prompt) :].tolist()
+        return self._answers[key]
+
+    def engine(self, *, pages: int = 64, page_size: int = 4, **limits: int) -> Engine:
+        """A fresh engine over this model."""
+        values = {
+            "batch_size_max": 8,
+            "step_tokens_max": 64,
+            "waiting_max": 32,
+            "context_length_max": 128,
+        }
+        return Engine(
+            model=self.model,
+            kv=KVCache(self.model.shape, pages, page_size=page_size, device=CPU),
+            limits=EngineLimits(**values | limits),
+        )
+
+
+def build(family: str, *, seed: int = 0) -> Tiny:
+    """A model with random parameters, strong enough that tokens depend on everything before them."""
+    config = config_of(family)
+    values = {key: value for key, value in config.items() if key != "architectures"}
+    judge = AutoModelForCausalLM.from_config(
+        CONFIG_MAPPING[config["model_type"]].from_dict(values), dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in judge.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name:
+            parameter.data += 0.1 * noise
+        elif "embed" in name:
+            parameter.data = 0.5 * noise
+        elif parameter.dim() == 1 or "bias" in name or "sinks" in name:
+            parameter.data = 0.3 * noise
+        else:
+            parameter.data = noise * 1.5 / parameter.shape[-1] ** 0.5
+    model = LayeredModel(config=config, shape=shape_of(config, "float32"), device=CPU)
+    model.attach(parameters(judge, model))
+    return Tiny(config=config, judge=judge, model=model)
+
+
+def parameters(judge: Any, model: LayeredModel) -> dict[str, torch.Tensor]:
+    """The judge's parameters under the names of a checkpoint."""
+    stored = judge.state_dict()
+    return {name: stored[name].detach() for name, _ in model.named_parameters()}
+
+
+def prompts(lengths: Ordered[int], *, seed: int = 1) -> list[tuple[int, ...]]:
+    """Random prompts of these lengths."""
+    generator = torch.Generator().manual_seed(seed)
+    return [tuple(torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()) for n in lengths]
+
+
+def sequence(
+    prompt: Ordered[int],
+    count: int,
+    *,
+    name: str = "r",
+    arrived_at: float = 0.0,
+    generated: Ordered[int] = (),
+    **sampling: Any,
+) -> Sequence:
+    """A request for `count` tokens."""
+    return Sequence(
+        request_id=name,
+        attempt=1,
+        gateway_id="g",
+        prompt=tuple(prompt),
+        generated=list(generated),
+        sampling=SamplingParams(max_tokens=count, **sampling),
+        arrived_at=arrived_at,
+    )
+
+
+def run(engine: Engine) -> list[TokenEvent]:
+    """Steps until nothing is left; all events."""
+    events: list[TokenEvent] = []
+    for _ in range(STEPS_MAX):
+        if not engine.waiting and not engine.running:
+            return events
+        events += engine.step()
+    raise AssertionError(f"not done after {STEPS_MAX} steps")
+
+
+def tokens(events: Ordered[TokenEvent], name: str = "r") -> list[int]:
+    """The tokens of one request, whose positions must be consecutive."""
+    mine = [event for event in events if event.request_id == name]
+    assert [event.position for event in mine] == list(range(mine[0].position, mine[0].position + len(mine)))
+    return [event.token_id for event in mine]
+
+
+def answer(engine: Engine, seq: Sequence) -> list[int]:
+    """Adds one request, runs everything, returns its new tokens."""
+    engine.add(seq)
+    return tokens(run(engine), seq.request_id)

@@ -1,0 +1,96 @@
+"""Greedy tokens in fp32 equal transformers' generate, however the work is cut: batches, chunks, layers, handoffs."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+LENGTHS = (13, 1, 7, 30, 2, 18)
+COUNT = 8
+
+
+def test_the_judge_is_not_trivial(tiny: Any, families: ModuleType) -> None:
+    """Otherwise equal tokens would prove nothing: the answers must depend on the whole prompt and not repeat."""
+    one, other = families.prompts([20, 20])
+    answer = tiny.expected(one, 2 * COUNT)
+    assert len(set(answer)) > COUNT
+    assert answer != tiny.expected(other, 2 * COUNT)
+    # Further back than a window sees, near enough for the windows of all layers together.
+    far = (one[-9] + 1) % families.VOCABULARY
+    assert tiny.expected((*one[:-9], far, *one[-8:]), 2 * COUNT) != answer
+
+
+def test_batch_of_mixed_lengths(tiny: Any, families: ModuleType) -> None:
+    engine = tiny.engine()
+    prompts = families.prompts(LENGTHS)
+    for index, prompt in enumerate(prompts):
+        engine.add(families.sequence(prompt, COUNT + index, name=f"r{index}", arrived_at=index))
+    events = families.run(engine)
+    for index, prompt in enumerate(prompts):
+        assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT + index)
+    assert engine.load().kv_pages_used == 0
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 5, 16])
+def test_chunked_prefill(tiny: Any, families: ModuleType, chunk: int) -> None:
+    prompt = families.prompts([30])[0]
+    engine = tiny.engine(step_tokens_max=chunk)
+    assert families.answer(engine, families.sequence(prompt, COUNT)) == tiny.expected(prompt, COUNT)
+
+
+def test_every_split_of_a_handoff(tiny: Any, families: ModuleType) -> None:
+    """k layers here, the rest there: for every k, beside a request that decodes there meanwhile."""
+    prompt, company = families.prompts([23, 9])
+    for k in range(tiny.layers + 1):
+        giver, taker = tiny.engine(), tiny.engine(step_tokens_max=10)
+        taker.add(families.sequence(company, COUNT + 4, name="company"))
+        events = taker.step()
+        given = families.sequence(prompt, COUNT)
+        giver.add(given)
+        giver.embed(given)
+        for _ in range(k):
+            giver.run_layer(given)
+        state = bytes(giver.export_state(given).numpy())
+        giver.release(given)
+        assert giver.load().kv_pages_used == 0
+        taken = families.sequence(prompt, COUNT)
+        taker.add(taken)
+        taker.import_state(taken, k, state)
+        events += families.run(taker)
+        assert families.tokens(events) == tiny.expected(prompt, COUNT), f"k={k}"
+        assert families.tokens(events, "company") == tiny.expected(company, COUNT + 4)
+
+
+def test_layers_gather_between_steps(tiny: Any, families: ModuleType) -> None:
+    """Waiting requests of different k join running ones, in one step and in small chunks."""
+    prompts = families.prompts([11, 17, 5, 26, 8])
+    for budget in (3, 9, 64):
+        engine = tiny.engine(step_tokens_max=budget, batch_size_max=3)
+        sequences = [
+            families.sequence(prompt, COUNT, name=f"r{index}", arrived_at=index)
+            for index, prompt in enumerate(prompts)
+        ]
+        for seq in sequences:
+            engine.add(seq)
+        events = engine.step()
+        for _ in range(3 * tiny.layers):
+            waiting = [seq for seq in engine.waiting if seq.layers_done < tiny.layers]
+            for place, seq in enumerate(waiting):
+                if place % 2 == 0:
+                    engine.run_layer(seq)
+            events += engine.step()
+        events += families.run(engine)
+        for index, prompt in enumerate(prompts):
+            assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT), f"budget={budget}"
+
+
+def test_replay_continues_greedily(tiny: Any, families: ModuleType) -> None:
+    prompt = families.prompts([12])[0]
+    whole = tiny.expected(prompt, COUNT)
+    for have in range(COUNT):
+        seq = families.sequence(prompt, COUNT, generated=whole[:have])
+        engine = tiny.engine(step_tokens_max=5)
+        assert families.answer(engine, seq) == whole[have:]
+        assert seq.generated == whole
