@@ -210,3 +210,38 @@ async def test_two_agents_do_not_share_a_run_dir(tmp_path: Path, eventually: Eve
         await eventually(agent.workers, within_s=30)
         said = await asyncio.to_thread(refused, flags(tmp_path, store_dir=tmp_path / "other"))
         assert said == f"--run-dir {tmp_path / 'run'}: another agent uses it."
+
+
+async def test_a_real_worker_serves_from_this_nodes_disk(
+    tmp_path: Path, eventually: Eventually, tiny_model: Path
+) -> None:
+    command = shlex.join([sys.executable, "-m", "layercast_agent.worker"])
+    arguments = flags(tmp_path, devices="cpu:1", device_memory_bytes=200_000_000, worker_command=command)
+    async with agent_process(arguments) as agent:
+        await agent.stub.PrepareCheckpoint(
+            pb.PrepareCheckpointRequest(key="k", source=f"file://{tiny_model}"),
+            wait_for_ready=True,
+            timeout=15,
+        )
+        await eventually(agent.workers, within_s=60)
+        digest = (await agent.status()).checkpoints[0].digest
+        await agent.stub.StartReplica(
+            pb.StartReplicaRequest(
+                replica_id="r-1", model="m", digest=digest, context_length_max=128, batch_size_max=2
+            )
+        )
+        (replica,) = (await agent.status()).replicas
+        assert replica.state == pb.REPLICA_STATE_LOADING
+        await agent.stub.StartTransfer(
+            pb.StartTransferRequest(
+                replica_id="r-1", transfer_id="t", generation=1, upstreams=[pb.Upstream(local_disk=True)]
+            )
+        )
+
+        async def serves() -> bool:
+            (seen,) = (await agent.status()).replicas
+            return seen.state == pb.REPLICA_STATE_SERVING and all(seen.segments_resident)
+
+        assert await eventually(serves)
+        await agent.stub.StopReplica(pb.StopReplicaRequest(replica_id="r-1"))
+        assert await agent.workers()

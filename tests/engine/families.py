@@ -109,8 +109,15 @@ class Tiny:
         """The greedy continuation, by transformers."""
         key = (tuple(prompt), count)
         if key not in self._answers:
+            tokens = torch.tensor([prompt])
+            # Without a mask generate would take token 0 for padding.
             answer = self.judge.generate(
-                torch.tensor([prompt]), do_sample=False, max_new_tokens=count, eos_token_id=None, pad_token_id=0
+                tokens,
+                attention_mask=torch.ones_like(tokens),
+                do_sample=False,
+                max_new_tokens=count,
+                eos_token_id=None,
+                pad_token_id=0,
             )
             self._answers[key] = answer[0, len(prompt) :].tolist()
         return self._answers[key]
@@ -143,7 +150,9 @@ def build(family: str, *, seed: int = 0) -> Tiny:
         if "norm" in name:
             parameter.data += 0.1 * noise
         elif "embed" in name:
-            parameter.data = 0.5 * noise
+            # Gemma multiplies by the root of the hidden size; large embeddings would drown the layers where the
+            # same matrix makes the logits.
+            parameter.data = noise * (0.05 if family.startswith("gemma") else 0.5)
         elif parameter.dim() == 1 or "bias" in name or "sinks" in name:
             parameter.data = 0.3 * noise
         else:

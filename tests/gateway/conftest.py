@@ -15,24 +15,35 @@ from typing import Any, TypeVar
 
 import aiohttp
 import grpc
+import hypothesis
 import openai
 import pytest
 from layercast.engine.v1alpha1 import engine_pb2
-from layercast.engine.v1alpha1.engine_pb2_grpc import EngineServiceServicer, add_EngineServiceServicer_to_server
+from layercast.engine.v1alpha1.engine_pb2_grpc import (
+    EngineServiceServicer,
+    add_EngineServiceServicer_to_server,
+)
 from layercast.route.v1alpha1 import route_pb2
 from layercast.route.v1alpha1.route_pb2_grpc import RouteServiceServicer, add_RouteServiceServicer_to_server
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.gateway import Gateway
 from layercast_gateway.settings import Settings
 from layercast_gateway.tokenizer import ModelText
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Loaded machines are slow at times; the limit of a test is pytest's.
+hypothesis.settings.register_profile("gateway", deadline=None)
+hypothesis.settings.load_profile("gateway")
 
 T = TypeVar("T")
 
 MODEL = "tiny"
 DIGEST = "sha256-of-tiny"
 DEADLINE_S = 10.0
-CORPUS = "the quick brown fox jumps over the lazy dog. Hello world! 日本語 🎉 naïve café STOP END one two three "
+CORPUS = (
+    "the quick brown fox jumps over the lazy dog. Hello world! 日本語 🎉 naïve café STOP END one two three "
+)
 TEMPLATE = (
     "{% for m in messages %}{% if m.role == 'assistant' and loop.first %}"
     "{{ raise_exception('a user speaks first') }}{% endif %}"
@@ -74,7 +85,8 @@ def tokens(request: engine_pb2.Request, position: int, ids: Sequence[int]) -> en
     """Tokens from a position on; the log-probability of a token is -id / 100 when asked for."""
     logprobs = [
         engine_pb2.TokenLogprobs(
-            logprob=-i / 100, top=[engine_pb2.Candidate(token_id=i, logprob=-i / 100)] * request.sampling.top_logprobs
+            logprob=-i / 100,
+            top=[engine_pb2.Candidate(token_id=i, logprob=-i / 100)] * request.sampling.top_logprobs,
         )
         for i in ids
         if request.sampling.logprobs
@@ -157,7 +169,9 @@ class Worker(EngineServiceServicer):
         steps[-1].append(finished(request, end))
         return steps
 
-    async def Generate(self, request_iterator: Any, context: Any) -> AsyncIterator[engine_pb2.GenerateResponse]:
+    async def Generate(
+        self, request_iterator: Any, context: Any
+    ) -> AsyncIterator[engine_pb2.GenerateResponse]:
         """As engine.proto says."""
         self._out = asyncio.Queue()
         reader = asyncio.create_task(self._read(request_iterator))
@@ -260,7 +274,9 @@ class World:
     clients: list[openai.AsyncOpenAI] = field(default_factory=list)
     http: aiohttp.ClientSession | None = None
 
-    async def worker(self, reply: str = "Hello world!", *, automatic: bool = True, end: bool = True) -> Worker:
+    async def worker(
+        self, reply: str = "Hello world!", *, automatic: bool = True, end: bool = True
+    ) -> Worker:
         """A running worker that answers with a text; `end` appends the end-of-sequence token."""
         ids = [*self.text.encode(reply), *(self.text.stop_token_ids if end else ())]
         worker = Worker(files=self.files, reply=ids, automatic=automatic)
@@ -271,7 +287,9 @@ class World:
     async def gateway(self, **settings: Any) -> Gateway:
         """A running gateway on a free port."""
         fast = {"silence_s": 0.2, "no_replica_wait_s": 5.0, "request_deadline_s": 20.0}
-        gateway = Gateway(Settings(listen="127.0.0.1:0", operator=self.operator.address, **{**fast, **settings}))
+        gateway = Gateway(
+            Settings(listen="127.0.0.1:0", operator=self.operator.address, **{**fast, **settings})
+        )
         await gateway.start()
         self.gateways.append(gateway)
         return gateway

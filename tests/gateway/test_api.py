@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+from typing import Any
 
 import openai
 import pytest
 from tests.gateway.conftest import MODEL, World, failed
 
-USER = [{"role": "user", "content": "Hi"}]
+USER: Any = [{"role": "user", "content": "Hi"}]
 
 
 async def test_chat_answers_with_text_and_usage(world: World) -> None:
@@ -64,7 +65,7 @@ async def test_completion_of_text_list_and_token_ids(world: World) -> None:
     client = await world.serving(worker)
     ids = list(world.text.encode("Hello"))
     for prompt, count in (("Hello", 1), (["Hello", "the quick"], 2), (ids, 1), ([ids, ids], 2)):
-        answer = await client.completions.create(model=MODEL, prompt=prompt)  # type: ignore[arg-type]
+        answer = await client.completions.create(model=MODEL, prompt=prompt)
         assert [choice.text for choice in answer.choices] == [" world!"] * count
         assert [choice.index for choice in answer.choices] == list(range(count))
     assert tuple((await worker.submit()).prompt_token_ids) == tuple(ids)
@@ -188,7 +189,9 @@ async def test_wrong_bodies_are_answered_and_lose_nothing(world: World) -> None:
         await client.chat.completions.create(model=MODEL, messages=[{"role": "assistant", "content": "x"}])
     with pytest.raises(openai.BadRequestError, match="outside the vocabulary"):
         await client.completions.create(model=MODEL, prompt=[10**6])
-    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[0].message.content == "Hello"
+    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[
+        0
+    ].message.content == "Hello"
     _, metrics = await world.get(gateway, "/metrics")
     assert 'layercast_gateway_requests_total{code="400",model="unknown"} 1.0' in metrics
     assert 'layercast_gateway_requests_total{code="200",model="tiny"} 1.0' in metrics
@@ -217,7 +220,13 @@ async def test_metrics_health_and_readiness(world: World) -> None:
     _, metrics = await world.get(gateway, "/metrics")
     for name in ("prompt_tokens_waiting", "requests_waiting", "requests_in_flight"):
         assert f'layercast_gateway_{name}{{model="tiny"}} 0.0' in metrics
-    for name in ("replays_total", "handoffs_total", "tokens_total", "ttft_seconds_count", "tbt_seconds_count"):
+    for name in (
+        "replays_total",
+        "handoffs_total",
+        "tokens_total",
+        "ttft_seconds_count",
+        "tbt_seconds_count",
+    ):
         assert f'layercast_gateway_{name}{{model="tiny"}} 0.0' in metrics
     worker = await world.worker("Hello world!")
     await world.operator.publish((worker, "SERVING"))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
 from layercast_gateway.detokenize import REPLACEMENT, Detokenizer, StopMatcher
 from layercast_gateway.tokenizer import ModelText
-from tokenizers import Tokenizer, decoders, models
 
 TEXTS = st.text(alphabet=st.sampled_from("ab é日本語🎉👩‍🚀\n"), max_size=24) | st.text(max_size=12)
 

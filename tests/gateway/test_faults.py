@@ -10,7 +10,16 @@ import openai
 import pytest
 from layercast.engine.v1alpha1 import engine_pb2
 from tests.gateway.conftest import (
-    DEADLINE_S, MODEL, Worker, World, accepted, failed, finished, returned, tokens, within,
+    DEADLINE_S,
+    MODEL,
+    Worker,
+    World,
+    accepted,
+    failed,
+    finished,
+    returned,
+    tokens,
+    within,
 )  # fmt: skip
 
 USER: Any = [{"role": "user", "content": "Hi"}]
@@ -189,7 +198,9 @@ async def test_announcements_that_cross(world: World) -> None:
     target.send(tokens(request, 0, target.reply[:6]))
     await reading.has(3)
     source.send(accepted(request))
-    source.send(tokens(request, 0, target.reply[:7]))  # proves that the announcement was read; one token is new
+    source.send(
+        tokens(request, 0, target.reply[:7])
+    )  # proves that the announcement was read; one token is new
     await reading.has(len(world.text.decode(target.reply[:6])) + 1)
     await target.die()
     await source.die()
@@ -232,7 +243,7 @@ async def test_returned_requests_keep_their_order(world: World) -> None:
     worker = await world.worker("Hello", automatic=False)
     client = await world.serving(worker, window_requests=2)
     answers = []
-    given = []
+    given: list[engine_pb2.Request] = []
     for _ in range(4):
         answers.append(asyncio.create_task(client.chat.completions.create(model=MODEL, messages=USER)))
         if len(given) < 2:
@@ -254,7 +265,7 @@ async def test_failures_end_with_one_clear_error(world: World) -> None:
     answer = asyncio.create_task(client.chat.completions.create(model=MODEL, messages=USER))
     for _ in range(5):
         worker.send(failed(await worker.submit(), client_fault=False))
-    with pytest.raises(openai.InternalServerError, match="tried 5 times.*out of luck") as caught:
+    with pytest.raises(openai.InternalServerError, match=r"tried 5 times.*out of luck") as caught:
         await within(answer)
     assert caught.value.code == "attempts_exhausted"
     assert worker.submits.empty()
@@ -369,14 +380,16 @@ async def test_tokenizer_comes_from_whoever_has_it(world: World) -> None:
     await world.operator.publish((without, "SERVING"), (holder, "LOADING"))
     client = world.client(await world.gateway())
     await within(holder.connected.wait())
-    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[0].finish_reason == "stop"
+    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[
+        0
+    ].finish_reason == "stop"
 
 
 async def test_unusable_tokenizer_is_said_clearly(world: World) -> None:
     worker = await world.worker("Hello")
     worker.files = {**world.files, "tokenizer.json": b"{}"}
     client = await world.serving(worker)
-    with pytest.raises(openai.InternalServerError, match="tokenizer.json cannot be read"):
+    with pytest.raises(openai.InternalServerError, match=r"tokenizer\.json cannot be read"):
         await client.chat.completions.create(model=MODEL, messages=USER)
 
 
@@ -403,7 +416,9 @@ async def test_gateway_serves_without_the_operator(world: World) -> None:
     client = await world.serving(worker)
     port = int(world.operator.address.rpartition(":")[2])
     await world.operator.die()
-    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[0].finish_reason == "stop"
+    assert (await client.chat.completions.create(model=MODEL, messages=USER)).choices[
+        0
+    ].finish_reason == "stop"
     second = await world.worker("world")
     await world.operator.publish((second, "SERVING"))
     await world.operator.start(port=port)
@@ -449,4 +464,3 @@ async def _play(worker: Worker) -> None:
             except StopAsyncIteration:
                 running.remove(one)
         await asyncio.sleep(0)
-

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
 from layercast_gateway.errors import QueueFullError
 from layercast_gateway.queue import Admission, RequestQueue
 

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from layercast_gateway.errors import ClientError, ContextLengthError
 from layercast_gateway.intake import choice_seed
 from layercast_gateway.openai import NEUTRAL, GenerationRequest, parse_chat, parse_completion
@@ -120,7 +121,7 @@ def test_completion_limits() -> None:
         (b'{"model": "m",, }', "byte 14"),
         (b'{"model": ', "byte 10"),
         (b"", "byte 0"),
-        (b'{"a": 1} x', "byte 9"),
+        (b'{"a": 1} x', "byte 10"),
         (b"\xff", "byte 0"),
         (b"[1]", "Expected `object`"),
         (b"[" * 100_000, "nested too deeply"),
@@ -133,12 +134,28 @@ def test_malformed_json_names_the_position(body: bytes, words: str) -> None:
 
 
 JSON = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(max_size=3),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | st.text(max_size=3),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=6,
 )
 FIELDS = st.sampled_from(
-    ["model", "messages", "prompt", "n", "stop", "seed", "stream", "stream_options", "top_p", "logprobs", *NEUTRAL]
+    [
+        "model",
+        "messages",
+        "prompt",
+        "n",
+        "stop",
+        "seed",
+        "stream",
+        "stream_options",
+        "top_p",
+        "logprobs",
+        *NEUTRAL,
+    ]
 )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
+
 from layercast_gateway.router import Candidate, availability, choose, gives_up_at, window_of
 from layercast_gateway.routes import EndpointState
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+
 from layercast_gateway.errors import SettingsError
 from layercast_gateway.settings import from_arguments, split_address
 

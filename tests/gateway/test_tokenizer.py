@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from layercast_gateway.errors import ClientError, ServiceError
 from layercast_gateway.tokenizer import ModelText
 
@@ -82,13 +83,17 @@ def test_bytes_of_tokens_join_to_the_text(text: ModelText) -> None:
 def test_broken_files_are_named(files: dict[str, bytes], name: str, content: bytes, problem: str) -> None:
     with pytest.raises(ServiceError, match=problem):
         ModelText({**files, name: content})
-    with pytest.raises(ServiceError, match="has no tokenizer.json"):
+    with pytest.raises(ServiceError, match=r"has no tokenizer\.json"):
         ModelText({})
 
 
-@pytest.mark.skipif(not (SMOLLM / "tokenizer.json").exists(), reason=f"{SMOLLM} is not there: run make demo once")
+@pytest.mark.skipif(
+    not (SMOLLM / "tokenizer.json").exists(), reason=f"{SMOLLM} is not there: run make demo once"
+)
 def test_a_real_models_template_and_tokens() -> None:
-    text = ModelText({file.name: file.read_bytes() for file in SMOLLM.iterdir() if file.stat().st_size < 1 << 24})
+    text = ModelText(
+        {file.name: file.read_bytes() for file in SMOLLM.iterdir() if file.stat().st_size < 1 << 24}
+    )
     rendered = text.render(USER)
     assert rendered.endswith("<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n")
     assert text.decode(text.encode("naïve 日本語 🎉")) == "naïve 日本語 🎉"

@@ -6,17 +6,12 @@ import importlib.util
 from pathlib import Path
 from types import ModuleType
 
-import hypothesis
 import pytest
 
 from layercast_agent.store import Progress, Store
 
 TESTS = Path(__file__).resolve().parent.parent
 CHUNK_BYTES = 4096  # small, so that tiny models have many chunks
-
-# Machines are shared: how long one example takes says nothing.
-hypothesis.settings.register_profile("store", deadline=None, max_examples=60)
-hypothesis.settings.load_profile("store")
 
 
 @pytest.fixture(scope="session")
