@@ -29,14 +29,14 @@ class DemandPlan:
     low phase when one replica is left; `..._s_max` bound both.
     """
 
-    reference_concurrency: int = 3
+    reference_concurrency: int = 4
     steady_s: float = 20.0
     steady_rate: float = 0.4
     burst_s_max: float = 42.0
-    burst_rate: float = 2.5
+    burst_rate: float = 4.0
     burst_tail_s: float = 5.0
     low_s_max: float = 58.0
-    low_rate: float = 0.15
+    low_rate: float = 0.3
     requests_max: int = 400
     request_deadline_s: float = 120.0
 

@@ -109,7 +109,7 @@ def service(model_dir: Path, *, agents: int, policy: str) -> dict[str, Any]:
                 "policy": policy,
                 # Wider than the defaults: on a slow machine two waiting prompts are a second of queue already.
                 "targets": {
-                    "queueSeconds": {"low": 1.0, "high": 2.0},
+                    "queueSeconds": {"low": 0.75, "high": 1.5},
                     "kvUtilization": {"low": 0.75, "high": 0.95},
                     "prefillTokensPerSecond": 0,
                 },

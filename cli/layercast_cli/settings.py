@@ -204,7 +204,7 @@ def _add_demo(commands: Any) -> None:
     load = "how long all layers take over the links (%(default)s)"
     _flag(demo, "--load-s", type=SECONDS, default=8.0, metavar="S", help=load)
     _flag(demo, "--seed", type=int, default=1, metavar="N", help="of arrivals and prompts (%(default)s)")
-    _flag(demo, "--max-tokens", type=POSITIVE, default=20, metavar="N", help="of an answer (%(default)s)")
+    _flag(demo, "--max-tokens", type=POSITIVE, default=16, metavar="N", help="of an answer (%(default)s)")
 
 
 def _add_views(commands: Any) -> None:

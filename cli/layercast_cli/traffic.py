@@ -20,6 +20,8 @@ from layercast_cli.records import RequestRecord
 DONE = "[DONE]"
 SSE_DATA = b"data:"
 ERROR_BODY_CHARS = 200
+# How late a phase may notice that it shall end.
+STOP_INTERVAL_S = 0.1
 
 
 class AnswerError(Exception):
@@ -121,8 +123,7 @@ class Traffic:
             due += self._random.expovariate(rate)
             if due > seconds:
                 break
-            await asyncio.sleep(max(0.0, started + due - time.monotonic()))
-            if stop():
+            if not await _until(started + due, stop=stop):
                 break
             await self._room.acquire()
             task = asyncio.create_task(self.ask(self._next_prompt(), phase=phase))
@@ -131,10 +132,7 @@ class Traffic:
             # The task has not run yet: `sent` counts it only once it has.
             await asyncio.sleep(0)
             count += 1
-        left = started + seconds - time.monotonic()
-        while left > 0 and not stop():
-            await asyncio.sleep(min(left, 0.1))
-            left = started + seconds - time.monotonic()
+        await _until(started + seconds, stop=stop)
         return count
 
     async def finish(self) -> None:
@@ -176,6 +174,15 @@ class Traffic:
                     return
                 yield parse_event(data)
         raise AnswerError("the connection ended before the answer did")
+
+
+async def _until(moment: float, *, stop: Callable[[], bool]) -> bool:
+    """Waits for `moment` (monotonic seconds) or `stop()`; True when the moment came first."""
+    while (left := moment - time.monotonic()) > 0:
+        if stop():
+            return False
+        await asyncio.sleep(min(left, STOP_INTERVAL_S))
+    return not stop()
 
 
 def parse_event(data: str) -> tuple[str, str]:

@@ -33,8 +33,8 @@ from layercast_gateway.settings import Settings
 log = logging.getLogger(__name__)
 
 IDLE_S = 60.0
-REMOVED_SILENCE_S = 10.0
-"""A worker that left the table may be dead without a broken stream: its silent requests are replayed after this."""
+REMOVED_PATIENCE = 5
+"""A worker that left the table may be dead without a broken stream: silence counts after so many times `silence_s`."""
 
 
 class Sink(Protocol):
@@ -71,6 +71,7 @@ class Dispatcher:
         self._unavailable_since: dict[str, float] = {}
         self._due = 0.0
         self._wake = asyncio.Event()
+        self.closing = False
         self.changed = Pulse()
         """Fires whenever routes or connections change."""
         self.replicas = Replicas(gateway_id=gateway_id, events=self)
@@ -106,7 +107,8 @@ class Dispatcher:
         left = self.replicas.follow(table)
         for tracked in self._requests.values():
             if tracked.state.owner in left:
-                replay.suspect(tracked.state, suspect_at=now + REMOVED_SILENCE_S)
+                patience_s = REMOVED_PATIENCE * self._settings.silence_s
+                replay.suspect(tracked.state, suspect_at=now + patience_s)
         self._routes_changed()
 
     def _routes_changed(self) -> None:
@@ -163,7 +165,9 @@ class Dispatcher:
             self._carry_out(tracked, replay.abandon(tracked.state))
 
     def fail_all(self) -> None:
-        """Ends every request because this process ends."""
+        """Ends every request because this process ends, also those that still wait for a tokenizer."""
+        self.closing = True
+        self.changed.fire()
         for tracked in [*self._requests.values()]:
             self._carry_out(
                 tracked, replay.fail(tracked.state, ShuttingDownError("This gateway is shutting down."))

@@ -12,7 +12,7 @@ from collections import OrderedDict
 
 from layercast_gateway.backoff import Backoff
 from layercast_gateway.dispatcher import Dispatcher
-from layercast_gateway.errors import QueueDeadlineError, ServiceError
+from layercast_gateway.errors import QueueDeadlineError, ServiceError, ShuttingDownError
 from layercast_gateway.tokenizer import ModelText
 
 log = logging.getLogger(__name__)
@@ -34,9 +34,9 @@ class Texts:
         """The text side of a model's checkpoint, waiting for a worker to hand it out.
 
         Times are monotonic seconds. UnknownModelError, NoReplicaError when nobody will bring it, QueueDeadlineError,
-        or ServiceError when the checkpoint's files cannot be used.
+        ShuttingDownError, or ServiceError when the checkpoint's files cannot be used.
         """
-        while True:
+        while not self._dispatcher.closing:
             digest = self._dispatcher.route(model).digest
             found = self._texts.get(digest)
             if isinstance(found, ServiceError):
@@ -54,6 +54,7 @@ class Texts:
                 )
             self._begin(digest)
             await self._changed.wait(min(deadline, refused_at if refused_at is not None else deadline) - now)
+        raise ShuttingDownError("This gateway is shutting down.")
 
     def follow(self) -> None:
         """Starts fetching what the current routing table names and is not known yet."""

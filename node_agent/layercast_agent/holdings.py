@@ -73,6 +73,12 @@ class Holdings:
         with self._lock:
             return self._by_digest.get(digest)
 
+    @property
+    def watchers(self) -> int:
+        """How many peers follow a holding at the moment."""
+        with self._lock:
+            return len(self._watchers)
+
     async def get_manifest(
         self, request: peer_pb2.GetManifestRequest, context: _ManifestContext
     ) -> peer_pb2.GetManifestResponse:

@@ -159,7 +159,9 @@ class TransferDriver:
     def _tell(self, instruction: ev.Instruction) -> None:
         match instruction:
             case ev.UpstreamFailed(upstream=upstream, reason=reason):
-                self.failures.append(f"{upstream.peer_id}: {reason}")
+                failure = f"{upstream.peer_id}: {reason}"
+                if failure not in self.failures:  # one that is tried again and again is told once
+                    self.failures.append(failure)
                 self._log(logging.WARNING, "upstream failed", upstream=upstream.peer_id, reason=reason)
             case ev.TransferStalled(reason=reason):
                 self.stall_reason = reason
@@ -295,7 +297,7 @@ class TransferRunner:
 
     def status(self) -> TransferStatus:
         """A moment's picture."""
-        machine = self._driver.machine
+        machine, stall_reason = self._driver.machine, self._driver.stall_reason
         done_bytes = self._residency.done_bytes
         elapsed_s = (self._ended_at or time.monotonic()) - self._started_at
         return TransferStatus(
@@ -306,9 +308,9 @@ class TransferRunner:
             total_bytes=self._total_bytes,
             bytes_per_s=int((done_bytes - self._held_bytes) / elapsed_s) if elapsed_s > 0 else 0,
             failures=tuple(self._driver.failures.copy()),
-            stalled=machine.phase is Phase.STALLED,
+            stalled=bool(stall_reason),
             complete=machine.phase is Phase.COMPLETE,
-            stall_reason=self._driver.stall_reason,
+            stall_reason=stall_reason,
         )
 
     def _run(self) -> None:

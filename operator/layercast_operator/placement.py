@@ -121,8 +121,8 @@ def _offers(
 
 
 def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) -> tuple[float, str]:
-    """Seconds until the parameters could be on `node`, and by which way."""
-    ways = [(checkpoint_bytes / ASSUMED_ORIGIN_BYTES_PER_S, "from the origin")]
+    """Seconds until the parameters could be on `node`, and by which way; the origin when nobody has them."""
+    ways = [] if holders else [(checkpoint_bytes / ASSUMED_ORIGIN_BYTES_PER_S, "from the origin")]
     for holder in holders:
         if holder.node == node.name and holder.kind is not HolderKind.DEVICE:
             ways.append((checkpoint_bytes / holder.read_bytes_per_s, "from its own disk"))

@@ -22,9 +22,9 @@ from layercast_operator.modelservice import (
     Band,
     ModelService,
     ModelSource,
+    ScalePolicy,
     Scaling,
     ScalingMode,
-    ScalePolicy,
 )
 from layercast_operator.snapshot import (
     Checkpoint,

@@ -11,8 +11,12 @@ from typing import Any
 
 import hypothesis
 import pytest
+import torch
 
 FOLDER = Path(__file__).parent
+
+# Tiny matrices: more threads only wait for each other.
+torch.set_num_threads(1)
 
 # Machines are shared: how long one example takes says nothing.
 hypothesis.settings.register_profile("engine", deadline=None, max_examples=80)

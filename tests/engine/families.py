@@ -152,7 +152,7 @@ def build(family: str, *, seed: int = 0) -> Tiny:
         elif "embed" in name:
             # Gemma multiplies by the root of the hidden size; large embeddings would drown the layers where the
             # same matrix makes the logits.
-            parameter.data = noise * (0.05 if family.startswith("gemma") else 0.5)
+            parameter.data = noise * (0.02 if family.startswith("gemma") else 0.5)
         elif parameter.dim() == 1 or "bias" in name or "sinks" in name:
             parameter.data = 0.3 * noise
         else:

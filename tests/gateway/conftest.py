@@ -150,6 +150,11 @@ class Worker(EngineServiceServicer):
         """One message with these events."""
         self._out.put_nowait(engine_pb2.GenerateResponse(events=events))
 
+    def play(self, request: engine_pb2.Request, count: int | None = None) -> None:
+        """Executes a request honestly: its first `count` steps, or all."""
+        for step in self.events_of(request)[:count]:
+            self.send(*step)
+
     async def submit(self) -> engine_pb2.Request:
         """The next request that this worker is given."""
         return await within(self.submits.get())
@@ -193,8 +198,8 @@ class Worker(EngineServiceServicer):
                 self.cancels.put_nowait(command.cancel)
             else:
                 self.submits.put_nowait(command.submit.request)
-                for step in self.events_of(command.submit.request) if self.automatic else []:
-                    self.send(*step)
+                if self.automatic:
+                    self.play(command.submit.request)
 
     async def GetModelFiles(self, request: Any, context: Any) -> engine_pb2.GetModelFilesResponse:
         """As engine.proto says."""
@@ -325,6 +330,18 @@ class World:
         async with asyncio.timeout(DEADLINE_S):
             while not predicate(gateway.dispatcher):
                 await gateway.dispatcher.changed.wait(DEADLINE_S)
+
+    async def metric(self, name: str) -> float:
+        """The value of a metric of the model at the first gateway."""
+        _, body = await self.get(self.gateways[0], "/metrics")
+        start = f'layercast_gateway_{name}{{model="{MODEL}"}}'
+        return float(next(line for line in body.splitlines() if line.startswith(start)).split()[-1])
+
+    async def metric_reaches(self, name: str, value: float) -> None:
+        """Returns when a gauge has risen so far; the gateway tells of it only when asked."""
+        async with asyncio.timeout(DEADLINE_S):
+            while await self.metric(name) < value:
+                await asyncio.sleep(0)
 
     def session(self) -> aiohttp.ClientSession:
         """One plain HTTP session, closed with the world."""

@@ -79,6 +79,7 @@ async def test_sigterm_ends_what_does_not_finish(world: World) -> None:
     worker = await world.worker(automatic=False)
     await world.operator.publish((worker, "SERVING"))
     async with running(world, "--drain-grace-s", "0.2") as (process, address):
+        await within(worker.connected.wait())
         client = openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
         world.clients.append(client)
         answer = asyncio.create_task(client.completions.create(model=MODEL, prompt="x"))

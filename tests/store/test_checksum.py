@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from layercast_agent import device
 from layercast_agent.checksum import SegmentChecksum, segment_checksum
-
 
 # Machines are shared: how long one example takes says nothing.
 relaxed = settings(deadline=None, max_examples=60)
@@ -49,3 +50,18 @@ def test_swapped_and_lost_ranges_are_noticed() -> None:
     first, second = bytes(range(64)), bytes(range(64, 128))
     assert segment_checksum(first + second) != segment_checksum(second + first)
     assert segment_checksum(first + bytes(64) + second) != segment_checksum(first + second + bytes(64))
+
+
+@relaxed
+@given(st.binary(min_size=1, max_size=300))
+def test_a_device_computes_the_same(data: bytes) -> None:
+    assert device.segment_checksum(torch.frombuffer(bytearray(data), dtype=torch.uint8)) == segment_checksum(
+        data
+    )
+
+
+def test_a_device_computes_the_same_over_many_blocks() -> None:
+    data = np.random.default_rng(5).bytes(3 * (1 << 20) + 13)
+    assert device.segment_checksum(torch.frombuffer(bytearray(data), dtype=torch.uint8)) == segment_checksum(
+        data
+    )

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import grpc
 import pytest
@@ -51,9 +51,16 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
 
 
 class Holder:
-    """A peer in this process: its loop in a thread, its data plane, one checkpoint."""
+    """A peer in this process: its services, its data plane, one checkpoint."""
 
-    def __init__(self, checkpoint: Any, *, complete: bool = True, egress_bytes_per_s: int = 0) -> None:
+    def __init__(
+        self,
+        checkpoint: Any,
+        loop: asyncio.AbstractEventLoop,
+        *,
+        complete: bool = True,
+        egress_bytes_per_s: int = 0,
+    ) -> None:
         self.checkpoint = checkpoint
         self.memories: list[HostMemory] = checkpoint.memories() if complete else checkpoint.empty_memories()
         self.residency = Residency(checkpoint.manifest, complete=complete)
@@ -71,14 +78,12 @@ class Holder:
             self.table, token=TOKEN, host="127.0.0.1", port=0, limiter=EgressLimiter(egress_bytes_per_s)
         )
         self.data.start()
-        self.loop = asyncio.new_event_loop()
-        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
-        self._thread.start()
-        self.port = asyncio.run_coroutine_threadsafe(self._serve(), self.loop).result(10)
+        self._loop = loop
+        self.port = asyncio.run_coroutine_threadsafe(self._serve(), loop).result(10)
 
     async def _serve(self) -> int:
         self._server = grpc.aio.server(options=SERVER_OPTIONS)
-        peer_pb2_grpc.add_PeerServiceServicer_to_server(PeerServicer(self.holdings), self._server)
+        peer_pb2_grpc.add_PeerServiceServicer_to_server(cast(Any, PeerServicer)(self.holdings), self._server)
         port = self._server.add_insecure_port("127.0.0.1:0")
         await self._server.start()
         return port
@@ -88,19 +93,28 @@ class Holder:
 
     def close(self) -> None:
         self.data.close()
-        asyncio.run_coroutine_threadsafe(self._server.stop(0), self.loop).result(10)
-        self.loop.call_soon_threadsafe(self.loop.stop)
-        self._thread.join(10)
-        self.loop.close()
+        asyncio.run_coroutine_threadsafe(self._server.stop(0), self._loop).result(10)
+
+
+@pytest.fixture(scope="session")
+def server_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """The loop of all servers, in its thread: gRPC wants one a process."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+    yield loop
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join(10)
+    loop.close()
 
 
 @pytest.fixture
-def holder() -> Iterator[Callable[..., Holder]]:
+def holder(server_loop: asyncio.AbstractEventLoop) -> Iterator[Callable[..., Holder]]:
     """Starts holders and closes them after the test."""
     started: list[Holder] = []
 
     def start(checkpoint: Any, **options: Any) -> Holder:
-        started.append(Holder(checkpoint, **options))
+        started.append(Holder(checkpoint, server_loop, **options))
         return started[-1]
 
     yield start

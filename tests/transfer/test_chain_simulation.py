@@ -8,6 +8,7 @@ has what it misses.
 
 from __future__ import annotations
 
+import functools
 import random
 from types import ModuleType
 from typing import Any
@@ -147,9 +148,9 @@ class Chain:
             fate = self.rng.random()
             at_s = self.rng.uniform(0.0, 1.5)
             if fate < 0.25:
-                self.network.schedule(at_s, lambda name=name: self.network.kill(name))
+                self.network.schedule(at_s, functools.partial(self.network.kill, name))
             elif fate < 0.35:
-                self.network.schedule(at_s, lambda name=name: self.stop(name))
+                self.network.schedule(at_s, functools.partial(self.stop, name))
 
     def stop(self, name: str) -> None:
         self.network.nodes[name].stopped = True

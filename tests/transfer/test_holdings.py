@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
@@ -75,14 +76,14 @@ def test_unknown_checkpoints_are_not_found(
     synthetic: ModuleType, holder: Callable[..., Any], stub_of: Callable[[Any], Any]
 ) -> None:
     stub = stub_of(holder(synthetic.make([35, 20, 10], chunk_bytes=10)))
-    calls = [
+    calls: list[Callable[[], Any]] = [
         functools.partial(stub.GetManifest, peer_pb2.GetManifestRequest(digest="other"), timeout=10),
         lambda: next(stub.WatchResidency(peer_pb2.WatchResidencyRequest(digest="other"), timeout=10)),
     ]
     for call in calls:
         with pytest.raises(grpc.RpcError) as error:
             call()
-        assert error.value.code() is grpc.StatusCode.NOT_FOUND  # type: ignore[attr-defined]
+        assert error.value.code() is grpc.StatusCode.NOT_FOUND
 
 
 @pytest.mark.parametrize("how", ["removed", "replaced"])
@@ -104,7 +105,7 @@ def test_watchers_are_sent_away_when_the_holding_goes(
         )
     with pytest.raises(grpc.RpcError) as error:
         next(stream)
-    assert error.value.code() is grpc.StatusCode.ABORTED  # type: ignore[attr-defined]
+    assert error.value.code() is grpc.StatusCode.ABORTED
     peer.holdings.remove("never held")
 
 
@@ -117,3 +118,23 @@ def test_manifests_come_with_their_small_files(
     assert answer.manifest_json == checkpoint.manifest.to_json()
     assert isinstance(checkpoint.manifest, Manifest)
     assert dict(answer.files) == {"config.json": b"{}"}
+
+
+def test_watchers_that_leave_are_forgotten(
+    synthetic: ModuleType, holder: Callable[..., Any], stub_of: Callable[[Any], Any]
+) -> None:
+    checkpoint = synthetic.make([35, 20, 10], chunk_bytes=10)
+    peer = holder(checkpoint)
+    request = peer_pb2.WatchResidencyRequest(digest=checkpoint.manifest.digest)
+    streams = [stub_of(peer).WatchResidency(request, timeout=10) for _ in range(3)]
+    for stream in streams:
+        next(stream)
+    assert peer.holdings.watchers == 3
+    for stream in streams:
+        stream.cancel()
+    changed = threading.Event()
+    for _ in range(400):
+        if not peer.holdings.watchers:
+            return
+        changed.wait(0.02)
+    raise AssertionError(f"{peer.holdings.watchers} watchers are left")

@@ -200,7 +200,7 @@ class Adversary(RuleBasedStateMachine):
                 self.tell(ev.ChunkArrived(link=number, chunk=chunk))
 
 
-Adversary.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+Adversary.TestCase.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
 TestAdversary = Adversary.TestCase
 
 

@@ -23,7 +23,7 @@ from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader
 __all__ = ["EgressLimiter", "TcpServer", "connect", "read_region"]
 
 SLICE_BYTES = 256 * 1024  # urgent bytes wait for at most one slice of each parameter flow
-CONNECTIONS_MAX = 256
+CONNECTIONS_MAX = 1024  # every target keeps one to each of its substitutes, idle
 HANDSHAKE_DEADLINE_S = 2.0
 SEND_DEADLINE_S = 5  # one slice must leave within this; a reader that stopped holds a region no longer
 ONE_READ_BYTES = 16 * 1024 * 1024

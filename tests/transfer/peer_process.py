@@ -1,0 +1,122 @@
+"""One node of a chain as a process of its own: serves a synthetic checkpoint, and loads it if it is not the source.
+
+Takes its settings as JSON in argv[1]. Says one JSON object a line on stdout: `ready` with its addresses, then
+`segment` and `complete` with the time of the machine's monotonic clock. Commands on stdin: `corrupt SEGMENT`
+alters a byte of a segment that it holds; the end of stdin ends it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.util
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, cast
+
+import grpc
+from layercast.peer.v1alpha1 import peer_pb2_grpc
+
+from layercast_agent.holdings import SERVER_OPTIONS, Holding, Holdings
+from layercast_agent.regions import RegionTable
+from layercast_agent.residency import Residency
+from layercast_agent.runner import TransferLimits, TransferOutcome, TransferRunner, UpstreamSpec
+from layercast_agent.transport.tcp import EgressLimiter, TcpServer
+
+TOKEN = b"a token that the chain shares"
+
+
+def say(event: str, **fields: Any) -> None:
+    sys.stdout.write(json.dumps({"event": event, "at": time.monotonic(), **fields}) + "\n")
+    sys.stdout.flush()
+
+
+def load_synthetic() -> Any:
+    path = Path(__file__).parent / "synthetic.py"
+    spec = importlib.util.spec_from_file_location("layercast_test_synthetic", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
+    """Serves one table of holdings."""
+
+    def __init__(self, holdings: Holdings) -> None:
+        self._holdings = holdings
+
+    async def WatchResidency(self, request: Any, context: Any) -> Any:
+        async for message in self._holdings.watch_residency(request, context):
+            yield message
+
+
+async def run(settings: dict[str, Any]) -> None:
+    checkpoint = load_synthetic().make(settings["sizes"], chunk_bytes=settings["chunk_bytes"])
+    source = not settings["upstreams"]
+    memories = checkpoint.memories() if source else checkpoint.empty_memories()
+    residency = Residency(checkpoint.manifest, complete=source)
+    table, holdings = RegionTable(), Holdings()
+    regions = tuple(table.add(memory) for memory in memories)
+    holdings.add(Holding(manifest=checkpoint.manifest, files={}, residency=residency, regions=regions))
+    limiter = EgressLimiter(settings["egress_bytes_per_s"])
+    data = TcpServer(table, token=TOKEN, host="127.0.0.1", port=0, limiter=limiter)
+    data.start()
+    server = grpc.aio.server(options=SERVER_OPTIONS)
+    peer_pb2_grpc.add_PeerServiceServicer_to_server(cast(Any, PeerServicer)(holdings), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    say("ready", address=f"127.0.0.1:{port}", data_address=data.address)
+    if not source:
+        start_transfer(settings, checkpoint, memories, residency)
+    await obey_stdin(memories)
+    await server.stop(0)
+    data.close()
+
+
+def start_transfer(settings: dict[str, Any], checkpoint: Any, memories: Any, residency: Residency) -> None:
+    def on_end(outcome: TransferOutcome) -> None:
+        digest = hashlib.sha256()
+        for memory in memories:
+            digest.update(memory.view(0, memory.nbytes))
+        status = runner.status()
+        say(
+            "complete" if outcome.complete else "failed",
+            reason=outcome.reason,
+            sha256=digest.hexdigest(),
+            failures=status.failures,
+            bytes_per_s=status.bytes_per_s,
+        )
+
+    runner = TransferRunner(
+        transfer_id="t",
+        manifest=checkpoint.manifest,
+        memories=memories,
+        residency=residency,
+        upstreams=[UpstreamSpec(**spec) for spec in settings["upstreams"]],
+        generation=1,
+        segment_order=(),
+        token=TOKEN,
+        on_segment=lambda segment: say("segment", segment=segment),
+        on_end=on_end,
+        limits=TransferLimits(progress_deadline_s=2.5),
+    )
+    runner.start()
+
+
+async def obey_stdin(memories: Any) -> None:
+    reader = asyncio.StreamReader()
+    await asyncio.get_running_loop().connect_read_pipe(
+        lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
+    )
+    while line := await reader.readline():
+        _, segment = line.decode().split()
+        memories[int(segment)].staging(0, 1)[0] ^= 1
+        say("corrupted", segment=int(segment))
+
+
+if __name__ == "__main__":
+    asyncio.run(run(json.loads(sys.argv[1])))
