@@ -142,7 +142,9 @@ def build(family: str, *, seed: int = 0) -> Tiny:
     config = config_of(family)
     values = {key: value for key, value in config.items() if key != "architectures"}
     judge = AutoModelForCausalLM.from_config(
-        CONFIG_MAPPING[config["model_type"]].from_dict(values), dtype=torch.float32, attn_implementation="eager"
+        CONFIG_MAPPING[config["model_type"]].from_dict(values),
+        dtype=torch.float32,
+        attn_implementation="eager",
     ).eval()
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in judge.named_parameters():

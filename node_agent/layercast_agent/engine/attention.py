@@ -3,8 +3,8 @@
 transformers' decoder layers call one registered function with the queries, keys and values of all tokens of a step,
 [1, heads, T, head dim]. Which tokens belong to whom comes by a context variable, because not every family passes
 keyword arguments on to it. The function stores the new keys and values in their pages, then attends request by
-request over what its pages hold. Heads that share keys and values (grouped-query attention) are laid behind each
-other as more rows of one query, so shared keys and values are never repeated.
+request over what its pages hold. Query heads that share keys and values (grouped-query attention) become more rows
+of one query, so shared keys and values are never repeated.
 
 Everything that is equal for all layers is computed once a step, in `BatchPlan`.
 """
@@ -133,15 +133,18 @@ def paged_attention(
         sinks=kwargs.get("s_aux", getattr(module, "sinks", None)),
     )
     attend = _fused if scoring.plain else _explicit
-    output = query.new_empty((query.shape[2], query.shape[1], value.shape[-1]))
+    keys, values = plan.kv.by_head(layer)
+    grouped = query[0].unflatten(0, (key.shape[1], -1))
+    output = query.new_empty((query.shape[2], *grouped.shape[:2], value.shape[-1]))
     row = 0
     for span, reading in zip(plan.spans, plan.readings(sliding_window), strict=True):
-        rows = query[0, :, row : row + span.count]
-        keys, values = plan.kv.read(layer, reading.slots)
-        attended = attend(rows, keys.transpose(0, 1), values.transpose(0, 1), reading, scoring)
-        output[row : row + span.count] = attended.transpose(0, 1)
+        rows = slice(row, row + span.count)
+        attended = attend(
+            grouped[:, :, rows], keys[:, reading.slots], values[:, reading.slots], reading, scoring
+        )
+        output[rows] = attended.permute(2, 0, 1, 3)
         row += span.count
-    return output[None], None
+    return output.flatten(1, 2)[None], None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,50 +163,45 @@ class _Scoring:
 def _fused(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: _Scoring
 ) -> torch.Tensor:
-    """Attention of one span by torch's kernels: query [H, T, D], keys and values [Hkv, S, D] to [H, T, D]."""
-    heads, count, _ = query.shape
+    """Attention of one span by torch's kernels: query [Hkv, G, T, D], keys and values [Hkv, S, D] to [Hkv, G, T, D].
+
+    G query heads share keys and values.
+    """
+    kv_heads, group, count, _ = query.shape
     if reading.causal:
-        return scaled_dot_product_attention(
-            query[None],
+        attended = scaled_dot_product_attention(
+            query.flatten(0, 1)[None],
             keys[None],
             values[None],
             is_causal=True,
             scale=scoring.scale,
-            enable_gqa=heads != keys.shape[0],
-        )[0]
-    grouped, mask = _group(query, keys.shape[0], reading.mask)
-    attended = scaled_dot_product_attention(
-        grouped[None], keys[None], values[None], attn_mask=mask, scale=scoring.scale
-    )
-    return attended[0].reshape(heads, count, -1)
+            enable_gqa=group > 1,
+        )
+    else:
+        mask = None if reading.mask is None else reading.mask.repeat(group, 1)
+        attended = scaled_dot_product_attention(
+            query.flatten(1, 2)[None], keys[None], values[None], attn_mask=mask, scale=scoring.scale
+        )
+    return attended.view(kv_heads, group, count, -1)
 
 
 def _explicit(
     query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: _Scoring
 ) -> torch.Tensor:
     """The same, written out, for what the kernels cannot do: logit soft-capping and attention sinks."""
-    heads, count, _ = query.shape
+    kv_heads, group, count, _ = query.shape
+    scores = torch.matmul(query.flatten(1, 2), keys.transpose(1, 2)) * scoring.scale
+    scores = scores.view(kv_heads, group, count, -1)
+    if scoring.softcap is not None:
+        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     mask = reading.mask
     if reading.causal:
         mask = torch.ones((count, count), dtype=torch.bool, device=query.device).tril()
-    grouped, mask = _group(query, keys.shape[0], mask)
-    scores = torch.matmul(grouped, keys.transpose(1, 2)) * scoring.scale
-    if scoring.softcap is not None:
-        scores = torch.tanh(scores / scoring.softcap) * scoring.softcap
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     if scoring.sinks is not None:
         # One more key, which every token sees and whose value is nothing.
-        sinks = scoring.sinks.to(scores.dtype)[:, None].expand(heads, count).reshape(*scores.shape[:2], 1)
+        sinks = scoring.sinks.to(scores.dtype).view(kv_heads, group, 1, 1).expand(-1, -1, count, -1)
         scores = torch.cat([scores, sinks], dim=-1)
-    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    return torch.matmul(weights[..., : keys.shape[1]], values).reshape(heads, count, -1)
-
-
-def _group(
-    query: torch.Tensor, kv_heads: int, mask: torch.Tensor | None
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Lays the query heads that share keys behind each other: [H, T, D] to [Hkv, H / Hkv x T, D], mask likewise."""
-    heads, count, head_dim = query.shape
-    grouped = query.reshape(kv_heads, heads // kv_heads * count, head_dim)
-    return grouped, None if mask is None else mask.repeat(heads // kv_heads, 1)
+    weights = torch.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)[..., : keys.shape[1]]
+    return torch.matmul(weights.flatten(1, 2), values).view(kv_heads, group, count, -1)

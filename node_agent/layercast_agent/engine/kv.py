@@ -52,9 +52,10 @@ class KVCache:
         self._slots[layer, 0].index_copy_(0, slots, keys)
         self._slots[layer, 1].index_copy_(0, slots, values)
 
-    def read(self, layer: int, slots: slice | torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values [S, kv heads, head dim]: views for a slice, copies for a tensor of slots."""
-        return self._slots[layer, 0][slots], self._slots[layer, 1][slots]
+    def by_head(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a layer at all slots, each [kv heads, slots, head dim]; views."""
+        keys, values = self._slots[layer].transpose(1, 2).unbind(0)
+        return keys, values
 
     def export_layers(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
         """A copy of the first `layers` layers at the first `positions` positions: [layers, 2, positions, kv heads,

@@ -45,13 +45,23 @@ class Choice:
 
 def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Chooses a token for each row of logits [N, vocabulary] float32. Rows do not influence each other."""
-    greedy: list[int] = logits.argmax(dim=-1).tolist()
+    greedy = _greedy(logits)
     return [
         _choose(logits[row], draw, greedy[row])
         if draw.sampling.temperature > 0 or draw.sampling.logprobs
         else Choice(token_id=greedy[row])
         for row, draw in enumerate(draws)
     ]
+
+
+def _greedy(logits: torch.Tensor) -> list[int]:
+    """The first of the largest logits of each row."""
+    if logits.device.type == "cpu":
+        # NumPy's is vectorised; torch's took a tenth of a step for 16 rows of 49,152 logits.
+        best: list[int] = logits.numpy().argmax(axis=-1).tolist()
+    else:
+        best = logits.argmax(dim=-1).tolist()
+    return best
 
 
 def _choose(row: torch.Tensor, draw: Draw, greedy: int) -> Choice:
