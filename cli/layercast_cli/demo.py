@@ -88,6 +88,8 @@ def cluster_settings(settings: DemoSettings, model_dir: Path, *, checkpoint_byte
         port=settings.port,
         link_bytes_per_s=int(checkpoint_bytes / settings.load_s),
         device_memory_bytes=min(DEVICE_MEMORY_BYTES_MAX, memory),
+        # A node that packed the checkpoint in an earlier run would load from its own disk, not over the links.
+        fresh=True,
         gateway_flags=("--queue-requests-max", str(QUEUE_REQUESTS_MAX)),
     )
 

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 import secrets
+import shutil
 import time
 import urllib.error
 import urllib.request
@@ -224,6 +225,8 @@ class LocalCluster:
             *state.logs.glob("*.log"),
         ):
             stale.unlink()
+        for node in layout.nodes if layout.settings.fresh else ():
+            shutil.rmtree(state.node(node.name) / "store", ignore_errors=True)
         write_atomic(self.state.token_file, secrets.token_hex(32) + "\n", mode=0o600)
         now = time.time()
         names = []

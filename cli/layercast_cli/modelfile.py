@@ -69,7 +69,8 @@ def with_local_source(document: dict[str, Any], *, base: Path) -> dict[str, Any]
     checked.
 
     A cluster needs absolute paths, for its processes have folders of their own; a file beside its model is
-    handier with a relative one. Raises UsageError when the folder does not exist."""
+    handier with a relative one. Raises UsageError when the folder does not exist.
+    """
     source = str(document["spec"]["model"]["source"])
     if not source.startswith(FILE_SCHEME):
         return document

@@ -29,7 +29,9 @@ class ClusterSettings:
     `services` are checked ModelService documents. `policy` empty leaves each ModelService its own. `port` 0
     takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited. `cpu_share` and
     `device_memory_bytes` None share out what the machine has. `gateway_flags` are appended to the
-    gateway's."""
+    gateway's. `fresh` forgets the checkpoints that an earlier cluster on this folder packed: its nodes begin with
+    empty disks.
+    """
 
     state_dir: Path
     services: tuple[Mapping[str, Any], ...]
@@ -42,6 +44,7 @@ class ClusterSettings:
     devices: str = "cpu:1"
     device_memory_bytes: int | None = None
     gateway_flags: tuple[str, ...] = ()
+    fresh: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

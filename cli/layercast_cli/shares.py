@@ -30,7 +30,8 @@ def plan_cpus(cores: Sequence[int], agents: int, *, share: float | None = None) 
 
     With more cores than agents, each agent has cores of its own and one core or more is left for gateway,
     operator and client. Otherwise all use all cores, each for an equal share of the time, so that one
-    replica more is capacity more, as on separate machines. `share` given: as asked, on all cores."""
+    replica more is capacity more, as on separate machines. `share` given: as asked, on all cores.
+    """
     ordered = tuple(sorted(cores))
     if share is not None:
         return tuple(CpuPlan(cores=ordered, share=share) for _ in range(agents))

@@ -29,7 +29,8 @@ class Summary:
 
     `window` is the scale-up: from its decision until its last replica was complete (unix seconds).
     `before`, `during` and `after` group requests by the moment they were sent; the reference requests, sent
-    at rest, are not among them."""
+    at rest, are not among them.
+    """
 
     requests: int
     failed: tuple[RequestRecord, ...]

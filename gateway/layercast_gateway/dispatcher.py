@@ -108,7 +108,7 @@ class Dispatcher:
         for tracked in self._requests.values():
             if tracked.state.owner in left:
                 patience_s = REMOVED_PATIENCE * self._settings.silence_s
-                replay.suspect(tracked.state, suspect_at=now + patience_s)
+                replay.watch(tracked.state, now=now, silence_s=patience_s)
         self._routes_changed()
 
     def _routes_changed(self) -> None:
@@ -210,16 +210,19 @@ class Dispatcher:
         now = time.monotonic()
         self.replicas.avoid(address, now=now)
         for tracked in [*self._requests.values()]:
-            silence_ends = now + self._settings.silence_s
-            self._carry_out(tracked, replay.on_lost(tracked.state, address=address, suspect_at=silence_ends))
+            silence_s = self._settings.silence_s
+            self._carry_out(
+                tracked, replay.on_lost(tracked.state, address=address, now=now, silence_s=silence_s)
+            )
         self._routes_changed()
 
     def on_events(self, address: str, events: Sequence[engine_pb2.Event]) -> None:
         """What one step of a worker brought."""
+        now = time.monotonic()
         for event in events:
             tracked = self._requests.get(event.request_id)
             state = tracked.state if tracked is not None else None
-            instructions = replay.on_event(state, address=address, event=event)
+            instructions = replay.on_event(state, address=address, event=event, now=now)
             if tracked is None:
                 self._cancel_unknown(event.request_id, instructions)
                 continue

@@ -7,8 +7,9 @@ whoever brings it first, and the text neither repeats nor skips.
 
 Who owns a request can be unknown for a moment: replicas hand requests over among themselves and announce it on
 their own streams, which are not ordered against each other; and a replica may die between taking a request and
-announcing it. So a lost stream makes every request that is not surely elsewhere *suspect*: unless a living replica
-says something about it in time, it is replayed. A needless replay costs work, never a token.
+announcing it. What arrives after a loss may have been said before it, so nothing proves that a request is elsewhere.
+Therefore a lost stream puts every request of its model *on watch* for the rest of its attempt: when nothing is heard
+of it for a while, it is replayed. A needless replay costs work, never a token.
 
 Events in, instructions out; nothing here knows the network or reads a clock. Replicas are named by the address of
 their worker, because the stream of an event is what proves who sent it.
@@ -133,14 +134,14 @@ class RequestState:
     """Where the current attempt was submitted."""
     confirmed: bool = False
     """`given_to` said that it received the current attempt."""
-    lost_since: bool = False
-    """A stream was lost since the current attempt began, so an owner may have died unannounced."""
+    watch_s: float | None = None
+    """On watch: how long the current attempt may be silent."""
     owner: str | None = None
     """Who is believed to hold it: the last to announce it or to bring tokens, at first `given_to`."""
     holders: set[str] = field(default_factory=set)
     """Everyone who may hold something of the current attempt."""
     suspect_at: float | None = None
-    """Monotonic: replayed then, unless its owner is heard of before."""
+    """Monotonic: replayed then, unless it is heard of before."""
 
 
 def dispatch(state: RequestState, *, address: str, accept_by: float) -> list[Instruction]:
@@ -148,23 +149,26 @@ def dispatch(state: RequestState, *, address: str, accept_by: float) -> list[Ins
     assert state.phase is Phase.QUEUED, "only a queued request is dispatched"
     state.phase = Phase.DISPATCHED
     state.attempt += 1
-    state.started = state.accepted = state.confirmed = state.lost_since = False
+    state.started = state.accepted = state.confirmed = False
+    state.watch_s = None
     state.given_to = state.owner = address
     state.holders = {address}
     state.suspect_at = accept_by
     return [Submit(address)]
 
 
-def on_event(state: RequestState | None, *, address: str, event: engine_pb2.Event) -> list[Instruction]:
+def on_event(
+    state: RequestState | None, *, address: str, event: engine_pb2.Event, now: float
+) -> list[Instruction]:
     """What follows from one event of the worker at `address`. `state` is None for a request that is not known."""
     kind = event.WhichOneof("event")
     if state is None or state.phase is not Phase.DISPATCHED or event.attempt != state.attempt:
         # Only these two say that the worker still executes something for nobody.
         return [CancelAt(address, event.attempt)] if kind in ("accepted", "tokens") else []
+    state.suspect_at = None if state.watch_s is None else now + state.watch_s
     if kind == "accepted":
         _on_accepted(state, address=address)
         return []
-    state.suspect_at = None
     if kind == "tokens":
         return _on_tokens(state, address=address, tokens=event.tokens)
     if kind == "finished":
@@ -177,23 +181,25 @@ def on_event(state: RequestState | None, *, address: str, event: engine_pb2.Even
     return []
 
 
-def on_lost(state: RequestState, *, address: str, suspect_at: float) -> list[Instruction]:
-    """The stream to `address` broke: its own requests are replayed at once, the others are suspect."""
+def on_lost(state: RequestState, *, address: str, now: float, silence_s: float) -> list[Instruction]:
+    """The stream to `address` broke: its own requests are replayed at once, the others are put on watch."""
     if state.phase is not Phase.DISPATCHED:
         return []
     state.holders.discard(address)
     if state.owner == address:
         # A dispatch that was never accepted was not executed: it cannot be what broke the replica.
         return _replay(state, "its replica was lost", fault=state.accepted)
-    state.lost_since = True
-    suspect(state, suspect_at=suspect_at)
+    watch(state, now=now, silence_s=silence_s)
     return []
 
 
-def suspect(state: RequestState, *, suspect_at: float) -> None:
-    """The request is replayed at `suspect_at` unless a worker says something about it before."""
-    if state.phase is Phase.DISPATCHED and (state.suspect_at is None or suspect_at < state.suspect_at):
-        state.suspect_at = suspect_at
+def watch(state: RequestState, *, now: float, silence_s: float) -> None:
+    """From now on the current attempt is replayed when nothing is heard of it for `silence_s`."""
+    if state.phase is not Phase.DISPATCHED:
+        return
+    state.watch_s = silence_s if state.watch_s is None else min(state.watch_s, silence_s)
+    ends = now + state.watch_s
+    state.suspect_at = ends if state.suspect_at is None else min(state.suspect_at, ends)
 
 
 def on_time(state: RequestState, *, now: float) -> list[Instruction]:
@@ -229,15 +235,13 @@ def _on_accepted(state: RequestState, *, address: str) -> None:
     """Ownership moves with each announcement, but for one that says nothing new.
 
     The first announcement of the replica that the request was submitted to may arrive after one of a replica that
-    took it over from there. It then proves neither ownership nor, when a stream was lost meanwhile, life.
+    took it over from there; it is the older one.
     """
     first = address == state.given_to and not state.confirmed
     if address == state.given_to:
         state.confirmed = True
     if not (first and state.accepted):
         state.owner = address
-    if not (first and state.lost_since):
-        state.suspect_at = None
     state.accepted = True
     state.holders.add(address)
 

@@ -39,7 +39,7 @@ class Settings:
     """How long a replica may take to say that it owns a request which it was given."""
 
     silence_s: float = 2.0
-    """After a lost stream: how long a request whose owner is not sure may stay unheard of before it is replayed."""
+    """After a lost stream: how long a request that may have been there too stays unheard of before it is replayed."""
 
     drain_grace_s: float = 30.0
     """After SIGTERM: how long requests in flight may go on."""

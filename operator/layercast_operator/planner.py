@@ -65,6 +65,8 @@ def plan(given: PlanInput) -> Plan:
     if resolved is None or not holders:
         prepared, blocked = _prepare(given)
         return Plan(actions=(*actions, *prepared), blocked=blocked)
+    if all(h.leaving for h in holders):  # the pool must not lose its last copy with them
+        actions += _prepare(given)[0]
     leaving, blocked = _shrink(given, resolved, replicas, holders)
     actions += leaving
     gone = {action.subject for action in leaving}
@@ -124,20 +126,22 @@ def _stop_finished(given: PlanInput, replicas: Sequence[Replica]) -> list[Action
             continue
         if replica.state is ReplicaState.FAILED:
             actions.append(_stop(replica, f"it failed: {replica.error or 'no reason given'}", failed=True))
-        elif replica.state is ReplicaState.DRAINED and not _still_needed(replica, given.snapshot):
+        elif replica.state is ReplicaState.DRAINED and not _still_needed(replica, given):
             actions.append(_stop(replica, "it is drained"))
     return actions
 
 
-def _still_needed(replica: Replica, snapshot: Snapshot) -> bool:
-    """It is the last complete copy and others load: they could not finish without it."""
-    others = [h for h in holders_of(snapshot, replica.digest) if h.peer.peer_id != replica.replica_id]
-    if others:
+def _still_needed(replica: Replica, given: PlanInput) -> bool:
+    """It is the last complete copy of what is deployed, or of what others still load from it."""
+    others = [h for h in holders_of(given.snapshot, replica.digest) if h.peer.peer_id != replica.replica_id]
+    if others or not replica.complete:
         return False
+    resolved = given.memory.resolved
+    if resolved is not None and resolved.digest == replica.digest:
+        return True
     return any(
         r.arriving and r.digest == replica.digest and not r.pending
-        for r in snapshot.replicas(replica.model)
-        if r.replica_id != replica.replica_id
+        for r in given.snapshot.replicas(replica.model)
     )
 
 
@@ -249,9 +253,13 @@ def _last_copy(
     """Without it nobody would have the checkpoint, or those that still load could not finish."""
     if not replica.complete:
         return False
-    others = [h for h in holders if h.peer.peer_id != replica.replica_id and h.peer.peer_id not in gone]
+    others = [
+        h
+        for h in holders
+        if not h.leaving and h.peer.peer_id not in gone and h.peer.peer_id != replica.replica_id
+    ]
     loading = [r for r in current if r.arriving and r.replica_id not in gone and not r.pending]
-    device_left = any(h.kind is HolderKind.DEVICE and not h.leaving for h in others)
+    device_left = any(h.kind is HolderKind.DEVICE for h in others)
     if loading and target > 0 and not device_left:
         return True
     return not others

@@ -99,6 +99,15 @@ def test_files_that_the_processes_read(tmp_path: Path) -> None:
     assert SERVICE["spec"]["scaling"]["policy"] == "live"
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_packed_checkpoints_stay_unless_nodes_shall_be_fresh(tmp_path: Path, fresh: bool) -> None:
+    packed = tmp_path / "node-1/store/digest/manifest.json"
+    packed.parent.mkdir(parents=True)
+    packed.write_text("{}")
+    with LocalCluster(settings(tmp_path, fresh=fresh), programs=lambda _layout: ()):
+        assert packed.exists() is not fresh
+
+
 def test_flags_of_the_programs(tmp_path: Path) -> None:
     wanted = settings(
         tmp_path, policy="live", link_bytes_per_s=67_500_000, cpu_share=0.5, device_memory_bytes=1 << 30

@@ -34,15 +34,16 @@ async def test_chat_answers_with_text_and_usage(world: World) -> None:
 
 
 async def test_chat_streams_the_same_text(world: World) -> None:
-    client = await world.serving(await world.worker("naïve café 🎉🎉 日本語"))
+    client = await world.serving(await world.worker("naïve café 漢字🚀🚀 日本語"))
     stream = await client.chat.completions.create(
         model=MODEL, messages=USER, stream=True, stream_options={"include_usage": True}
     )
     chunks = [chunk async for chunk in stream]
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices]
-    assert "".join(texts) == "naïve café 🎉🎉 日本語"
+    assert "".join(texts) == "naïve café 漢字🚀🚀 日本語"
     assert len([t for t in texts if t]) > 3
     assert not any("\ufffd" in t for t in texts)
+    assert len(world.text.encode("漢字🚀")) > 6  # characters that lie in several tokens each
     assert chunks[0].choices[0].delta.role == "assistant"
     assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
     assert chunks[-1].choices == []

@@ -22,7 +22,13 @@ from tests.gateway.conftest import (
 )  # fmt: skip
 
 USER: Any = [{"role": "user", "content": "Hi"}]
-REPLY = "the quick brown fox 🎉 jumps over 日本語 the lazy dog"
+REPLY = "the quick brown fox 🎉 jumps over 漢字🚀 the lazy dog"
+
+
+EIGHT_STEPS = len("the quick brown fox 🎉 jumps over")
+"""Characters that acceptance and seven tokens of the reply make certain."""
+
+SIX_TOKENS = len("the quick brown fox 🎉 jumps")
 
 
 class Reading:
@@ -63,7 +69,7 @@ async def test_replica_dies_mid_stream(world: World) -> None:
     first = min(workers, key=lambda w: w.address)
     request = await first.submit()
     first.play(request, 8)
-    await reading.has(5)
+    await reading.has(EIGHT_STEPS)
     await first.die()
     second = next(w for w in workers if w is not first)
     again = await second.submit()
@@ -80,7 +86,7 @@ async def test_the_only_replica_dies_and_comes_back(world: World) -> None:
     worker = await world.worker(REPLY, automatic=False)
     reading = Reading(await world.serving(worker))
     worker.play(await worker.submit(), 8)
-    await reading.has(5)
+    await reading.has(EIGHT_STEPS)
     await worker.die()
     await worker.revive()
     again = await worker.submit()
@@ -124,7 +130,7 @@ async def test_tokens_come_from_the_replica_that_took_over(world: World) -> None
     source.send(accepted(request))
     target.send(accepted(request, layers_done=3))
     target.send(tokens(request, 0, target.reply[:6]))
-    await reading.has(3)
+    await reading.has(SIX_TOKENS)
     await source.die()  # not its request any more: nothing is replayed
     target.send(tokens(request, 6, target.reply[6:]), finished(request))
     assert await reading.end() == REPLY
@@ -141,7 +147,7 @@ async def test_target_dies_with_what_it_took(world: World) -> None:
     request = await source.submit()
     source.send(accepted(request))
     target.send(accepted(request, layers_done=3), tokens(request, 0, target.reply[:6]))
-    await reading.has(3)
+    await reading.has(SIX_TOKENS)
     await target.die()
     again = await source.submit()
     assert (again.attempt, len(again.generated_token_ids)) == (2, 6)
@@ -175,7 +181,7 @@ async def test_announcements_that_cross(world: World) -> None:
     request = await source.submit()
     target.send(accepted(request))
     target.send(tokens(request, 0, target.reply[:6]))
-    await reading.has(3)
+    await reading.has(SIX_TOKENS)
     source.send(accepted(request))
     source.send(
         tokens(request, 0, target.reply[:7])
@@ -209,7 +215,7 @@ async def test_silent_worker_that_left_the_table(world: World) -> None:
     reading = Reading(await world.serving(silent, silence_s=0.02))
     request = await silent.submit()
     silent.play(request, 8)
-    await reading.has(5)
+    await reading.has(EIGHT_STEPS)
     await world.operator.publish((other, "SERVING"))
     again = await other.submit()
     assert (again.attempt, list(again.generated_token_ids)) == (2, other.reply[:7])
@@ -283,7 +289,7 @@ async def test_client_leaves(world: World, stream: bool) -> None:
         reading = Reading(client)
         request = await worker.submit()
         worker.play(request, 8)
-        await reading.has(5)
+        await reading.has(EIGHT_STEPS)
         await reading.leave()
     else:
         answer = asyncio.create_task(client.chat.completions.create(model=MODEL, messages=USER))

@@ -39,9 +39,11 @@ def new_state(*, max_tokens: int = 100, deadline: float = 1000.0) -> RequestStat
     return RequestState(work=work)
 
 
-def on(state: RequestState, address: str, attempt: int, **event: object) -> list[Instruction]:
+def on(
+    state: RequestState, address: str, attempt: int, *, now: float = 0.0, **event: object
+) -> list[Instruction]:
     message = engine_pb2.Event(request_id="r", attempt=attempt, **event)  # type: ignore[arg-type]
-    return replay.on_event(state, address=address, event=message)
+    return replay.on_event(state, address=address, event=message, now=now)
 
 
 def tokens(position: int, *ids: int) -> engine_pb2.Tokens:
@@ -56,13 +58,13 @@ def dispatched(address: str = A) -> RequestState:
 
 def test_old_attempts_are_told_to_stop() -> None:
     state = dispatched()
-    assert replay.on_lost(state, address=A, suspect_at=5.0)[-1] == Requeue("its replica was lost")
+    assert replay.on_lost(state, address=A, now=0.0, silence_s=5.0)[-1] == Requeue("its replica was lost")
     assert on(state, A, 1, tokens=tokens(0, 7)) == [CancelAt(A, 1)]  # even while it is queued
     replay.dispatch(state, address=B, accept_by=50.0)
     assert on(state, A, 1, accepted=engine_pb2.Accepted()) == [CancelAt(A, 1)]
     assert on(state, A, 1, finished=engine_pb2.Finished()) == []
     event = engine_pb2.Event(request_id="x", attempt=4, accepted=engine_pb2.Accepted())
-    assert replay.on_event(None, address=A, event=event) == [CancelAt(A, 4)]
+    assert replay.on_event(None, address=A, event=event, now=0.0) == [CancelAt(A, 4)]
 
 
 def test_the_end_is_seen_without_being_told() -> None:
@@ -91,29 +93,38 @@ def test_cancelled_by_the_worker_is_replayed() -> None:
     assert isinstance(ends[-1], Requeue)
 
 
-def test_loss_of_somebody_else_makes_suspect_until_a_sign_of_life() -> None:
+def test_loss_of_somebody_else_puts_on_watch() -> None:
     state = dispatched()
     on(state, A, 1, accepted=engine_pb2.Accepted())
-    assert replay.on_lost(state, address=B, suspect_at=5.0) == []
+    assert replay.next_time(state) == 1000.0  # who waits in a queue has nothing to say
+    assert replay.on_lost(state, address=B, now=1.0, silence_s=4.0) == []
     assert replay.next_time(state) == 5.0
-    assert replay.on_time(state, now=4.9) == []
-    on(state, A, 1, tokens=tokens(0, 7))
-    assert replay.on_time(state, now=5.0) == []
-    replay.on_lost(state, address=B, suspect_at=6.0)
-    on(state, C, 1, accepted=engine_pb2.Accepted(layers_done=1))
-    assert state.owner == C and state.suspect_at is None
-    replay.on_lost(state, address=B, suspect_at=7.0)
-    assert replay.on_time(state, now=7.0) == [
+    on(state, C, 1, now=4.9, accepted=engine_pb2.Accepted(layers_done=1))
+    on(state, C, 1, now=8.8, tokens=tokens(0, 7))
+    assert state.owner == C
+    assert replay.on_time(state, now=12.7) == []
+    assert replay.on_time(state, now=12.8) == [
         CancelAt(A, 1), CancelAt(C, 1), Requeue("nothing was heard of its owner"),
     ]  # fmt: skip
+    replay.dispatch(state, address=A, accept_by=50.0)
+    on(state, A, 2, now=13.0, accepted=engine_pb2.Accepted())
+    assert replay.next_time(state) == 1000.0  # a new attempt is not on watch
 
 
-def test_a_late_first_announcement_is_no_sign_of_life() -> None:
-    """It may be older than the loss: the request may have moved on to the replica that died."""
+def test_the_patience_of_a_watch_only_shrinks() -> None:
     state = dispatched()
-    replay.on_lost(state, address=B, suspect_at=5.0)
+    replay.watch(state, now=0.0, silence_s=2.0)
+    replay.watch(state, now=1.0, silence_s=10.0)
+    assert (state.watch_s, state.suspect_at) == (2.0, 2.0)
+
+
+def test_an_older_announcement_does_not_move_the_request_back() -> None:
+    state = dispatched()
+    on(state, B, 1, accepted=engine_pb2.Accepted())
     on(state, A, 1, accepted=engine_pb2.Accepted())
-    assert isinstance(replay.on_time(state, now=5.0)[-1], Requeue)
+    assert state.owner == B
+    on(state, A, 1, accepted=engine_pb2.Accepted(layers_done=2))
+    assert state.owner == A
 
 
 def test_never_accepted_is_replayed_elsewhere() -> None:
@@ -128,7 +139,7 @@ def test_faults_are_bounded() -> None:
     for attempt in range(1, replay.FAULTS_MAX + 1):
         replay.dispatch(state, address=A, accept_by=50.0)
         on(state, A, attempt, accepted=engine_pb2.Accepted())
-        last = replay.on_lost(state, address=A, suspect_at=1.0)[-1]
+        last = replay.on_lost(state, address=A, now=0.0, silence_s=1.0)[-1]
     assert isinstance(last, Fail) and isinstance(last.error, AttemptsExhaustedError)
     assert "5 times" in last.error.message
     assert state.phase is Phase.ENDED
@@ -139,7 +150,7 @@ def test_returned_and_unaccepted_losses_are_no_faults() -> None:
     for attempt in range(1, 21):
         replay.dispatch(state, address=A, accept_by=50.0)
         if attempt % 2:
-            replay.on_lost(state, address=A, suspect_at=1.0)
+            replay.on_lost(state, address=A, now=0.0, silence_s=1.0)
         else:
             last = on(state, A, attempt, returned=engine_pb2.Returned(reason="full"))
             assert last == [Requeue("given back: full", refused_by=A)]
@@ -208,7 +219,7 @@ class _World:
         if talking:
             address = self.chance.choice(talking)
             event = self.streams[address].pop(0)
-            self.carry_out(replay.on_event(self.state, address=address, event=event))
+            self.carry_out(replay.on_event(self.state, address=address, event=event, now=self.now))
 
     def execute(self) -> None:
         for e in self.executions:
@@ -241,8 +252,8 @@ class _World:
         self.streams[address] = []
         self.executions = [e for e in self.executions if e.holder != address]
         for event in said[: self.chance.randint(0, len(said))]:
-            self.carry_out(replay.on_event(self.state, address=address, event=event))
-        self.carry_out(replay.on_lost(self.state, address=address, suspect_at=self.now + 2))
+            self.carry_out(replay.on_event(self.state, address=address, event=event, now=self.now))
+        self.carry_out(replay.on_lost(self.state, address=address, now=self.now, silence_s=2))
 
     def wait(self) -> None:
         self.now += 1

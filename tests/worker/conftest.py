@@ -9,10 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Protocol
 
 import grpc
 import pytest
@@ -138,6 +139,18 @@ class WorkerProcess:
         self.process.send_signal(number)
 
 
+class StartWorker(Protocol):
+    """Starts a worker and waits until it is warm."""
+
+    async def __call__(
+        self, name: str, *, egress_bytes_per_s: int = 0, cpu_share: float = 1.0
+    ) -> WorkerProcess: ...
+
+
+Reference = Callable[[list[int], int], list[int]]
+"""Greedy tokens of transformers: prompt and number of tokens in, tokens out."""
+
+
 @pytest.fixture(scope="session")
 def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("token") / "token"
@@ -147,11 +160,11 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-async def start_worker(tmp_path: Path, token_file: Path) -> AsyncIterator[Callable[..., object]]:
+async def start_worker(tmp_path: Path, token_file: Path) -> AsyncIterator[StartWorker]:
     """Starts workers; all of them are ended with the test."""
     started: list[WorkerProcess] = []
 
-    async def start(name: str, *, egress_bytes_per_s: int = 0, cpu_share: float = 1.0) -> WorkerProcess:
+    def start(name: str, *, egress_bytes_per_s: int = 0, cpu_share: float = 1.0) -> WorkerProcess:
         log = tmp_path / f"{name}.log"
         socket = tmp_path / f"{name}.sock"
         with log.open("wb") as output:
@@ -183,8 +196,8 @@ async def start_worker(tmp_path: Path, token_file: Path) -> AsyncIterator[Callab
         started.append(worker)
         return worker
 
-    async def start_warm(name: str, **options: float) -> WorkerProcess:
-        worker = await start(name, **options)  # type: ignore[arg-type]
+    async def start_warm(name: str, *, egress_bytes_per_s: int = 0, cpu_share: float = 1.0) -> WorkerProcess:
+        worker = start(name, egress_bytes_per_s=egress_bytes_per_s, cpu_share=cpu_share)
         deadline = time.monotonic() + START_DEADLINE_S
         while True:
             assert worker.process.poll() is None, worker.log.read_text()[-4000:]
@@ -225,13 +238,14 @@ class GatewayClient:
         self._streams: dict[str, object] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self._channels: list[grpc.aio.Channel] = []
-        self.broken: set[str] = set()
+        self._broken: dict[str, asyncio.Event] = {}
 
     async def connect(self, address: str) -> None:
         channel = grpc.aio.insecure_channel(address)
         call = engine_pb2_grpc.EngineServiceStub(channel).Generate()
         await call.write(engine_pb2.GenerateRequest(hello=engine_pb2.Hello(gateway_id=self.gateway_id)))
         self._channels.append(channel)
+        self._broken[address] = asyncio.Event()
         self._streams[address] = call
         self._tasks.append(asyncio.create_task(self._read(address, call)))
 
@@ -271,6 +285,10 @@ class GatewayClient:
         request.arrived_at.GetCurrentTime()
         return request
 
+    async def until_broken(self, address: str, deadline_s: float = 20.0) -> None:
+        async with asyncio.timeout(deadline_s):
+            await self._broken[address].wait()
+
     async def all_done(self, deadline_s: float = 60.0) -> None:
         async with asyncio.timeout(deadline_s):
             for answer in self.answers.values():
@@ -291,7 +309,7 @@ class GatewayClient:
                 for event in message.events:
                     self._apply(address, event)
         except grpc.aio.AioRpcError:
-            self.broken.add(address)
+            self._broken[address].set()
 
     def _apply(self, address: str, event: engine_pb2.Event) -> None:
         answer = self.answers[event.request_id]
@@ -322,7 +340,7 @@ async def gateway() -> AsyncIterator[GatewayClient]:
 
 
 @pytest.fixture(scope="session")
-def reference(packed: Packed) -> Iterator[Callable[[list[int], int], list[int]]]:
+def reference(packed: Packed) -> Reference:
     """Greedy tokens of transformers for the same weights."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -342,4 +360,4 @@ def reference(packed: Packed) -> Iterator[Callable[[list[int], int], list[int]]]
         )
         return list(map(int, out[0, len(prompt) :]))
 
-    yield generate
+    return generate

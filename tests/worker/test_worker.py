@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 
 import grpc
 import pytest
 from layercast.agent.v1alpha1 import agent_pb2
 from layercast.worker.v1alpha1 import worker_pb2
+from tests.worker.conftest import GatewayClient, Packed, Reference, StartWorker
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -20,7 +20,7 @@ def serving(status: worker_pb2.GetWorkerStatusResponse) -> bool:
 
 
 async def test_a_replica_from_disk_answers_like_transformers(
-    packed, start_worker, gateway, reference
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient, reference: Reference
 ) -> None:
     worker = await start_worker("a")
     await worker.assign(packed)
@@ -35,7 +35,9 @@ async def test_a_replica_from_disk_answers_like_transformers(
         assert gateway.answers[f"r{index}"].tokens == reference(prompt, 12)
 
 
-async def test_bad_requests_are_refused_and_harm_nobody(packed, start_worker, gateway) -> None:
+async def test_bad_requests_are_refused_and_harm_nobody(
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient
+) -> None:
     worker = await start_worker("a")
     await worker.assign(packed, context=64)
     await worker.feed(packed)
@@ -52,7 +54,7 @@ async def test_bad_requests_are_refused_and_harm_nobody(packed, start_worker, ga
 
 
 async def test_live_scale_up_hands_over_and_changes_no_token(
-    packed, start_worker, gateway, reference
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient, reference: Reference
 ) -> None:
     source = await start_worker("source", egress_bytes_per_s=12_000_000, cpu_share=0.06)
     target = await start_worker("target", cpu_share=0.06)
@@ -82,7 +84,7 @@ async def test_live_scale_up_hands_over_and_changes_no_token(
 
 @pytest.mark.parametrize("victim", ["source", "target"])
 async def test_death_in_the_middle_loses_nothing(
-    packed, start_worker, gateway, reference, victim: str
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient, reference: Reference, victim: str
 ) -> None:
     workers = {
         "source": await start_worker("source", egress_bytes_per_s=6_000_000, cpu_share=0.06),
@@ -101,9 +103,7 @@ async def test_death_in_the_middle_loses_nothing(
     await workers["target"].until(lambda s: s.replica.layers_resident >= 2)
     workers[victim].kill()
     survivor = "target" if victim == "source" else "source"
-    async with asyncio.timeout(20):
-        while peers[victim].address not in gateway.broken:
-            await asyncio.sleep(0.01)
+    await gateway.until_broken(peers[victim].address)
     if victim == "source":  # the operator would name the disk as the next upstream
         await workers["target"].feed(packed, generation=2)
     for request_id, answer in gateway.answers.items():
@@ -120,7 +120,7 @@ async def test_death_in_the_middle_loses_nothing(
 
 
 async def test_draining_gives_requests_back_and_stopping_frees_the_worker(
-    packed, start_worker, gateway
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient
 ) -> None:
     worker = await start_worker("a", cpu_share=0.2)
     await worker.assign(packed)
@@ -142,7 +142,7 @@ async def test_draining_gives_requests_back_and_stopping_frees_the_worker(
     assert (await worker.status()).replica.layers_resident == 0
 
 
-async def test_refusals_say_why(packed, start_worker) -> None:
+async def test_refusals_say_why(packed: Packed, start_worker: StartWorker) -> None:
     worker = await start_worker("a")
     await worker.assign(packed)
     await worker.assign(packed)

@@ -6,8 +6,10 @@ then slots: the KV of some layers at some positions is one indexed read, in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import numpy
 import torch
 
 from layercast_agent.engine.architectures import ModelShape
@@ -29,9 +31,8 @@ class KVCache:
         self.allocator = PageAllocator(pages)
         size = (shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim)
         with torch.inference_mode(mode=False):
-            # Outside inference mode, so that it may be written both inside and outside. Zeros cost nothing until
-            # they are written, and a stale NaN could never leak through a mask.
-            self._slots = torch.zeros(size, dtype=shape.dtype, device=device)
+            # Outside inference mode, so that it may be written both inside and outside.
+            self._slots = _zeros(size, shape.dtype, device)
 
     def key(self, layer: int) -> torch.Tensor:
         """Keys of a layer, [pages, page size, kv heads, head dim]; a view."""
@@ -68,3 +69,13 @@ class KVCache:
         layers, _, positions = data.shape[:3]
         slots = self.slots(pages, 0, positions).to(self.device)
         self._slots[:layers].index_copy_(2, slots, data.to(self.device))
+
+
+def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros: a stale NaN could leak through a mask. On a CPU the kernel's own, which cost nothing until written:
+    torch.zeros touches every page, seconds of a scale-up for gigabytes.
+    """
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    nbytes = math.prod(size) * dtype.itemsize
+    return torch.from_numpy(numpy.zeros(nbytes, dtype=numpy.uint8)).view(dtype).view(size)
