@@ -207,13 +207,12 @@ class Dispatcher:
     def on_lost(self, address: str, reason: str) -> None:
         """A worker's stream broke: its requests go elsewhere."""
         log.warning("worker lost", extra={"address": address, "reason": reason})
-        now = time.monotonic()
+        now, silence_s = time.monotonic(), self._settings.silence_s
         self.replicas.avoid(address, now=now)
-        for tracked in [*self._requests.values()]:
-            silence_s = self._settings.silence_s
-            self._carry_out(
-                tracked, replay.on_lost(tracked.state, address=address, now=now, silence_s=silence_s)
-            )
+        models = self.replicas.models(address)
+        for tracked in [t for t in self._requests.values() if t.state.work.model in models]:
+            instructions = replay.on_lost(tracked.state, address=address, now=now, silence_s=silence_s)
+            self._carry_out(tracked, instructions)
         self._routes_changed()
 
     def on_events(self, address: str, events: Sequence[engine_pb2.Event]) -> None:
@@ -226,9 +225,8 @@ class Dispatcher:
             if tracked is None:
                 self._cancel_unknown(event.request_id, instructions)
                 continue
-            if (
-                not instructions and event.accepted.layers_done
-            ):  # an announcement of an old attempt is answered
+            # An announcement of an old attempt is answered; one of the current attempt needs no answer.
+            if not instructions and event.accepted.layers_done:
                 self._metrics.handoffs.labels(tracked.state.work.model).inc()
             try:
                 self._carry_out(tracked, instructions)

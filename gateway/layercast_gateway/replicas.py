@@ -7,7 +7,7 @@ worker that left the table keeps its stream until its requests are done.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layercast.engine.v1alpha1 import engine_pb2
 
@@ -35,6 +35,8 @@ class Occupation:
 class _Worker:
     stream: WorkerStream
     listed: bool = True
+    models: set[str] = field(default_factory=set)
+    """Every model that it was listed for since its stream exists."""
     avoid_until: float = 0.0
     hold_until: float = 0.0
     hold_next_s: float = HOLD_FIRST_S
@@ -57,7 +59,15 @@ class Replicas:
         left = {address for address, w in self._workers.items() if w.listed and address not in listed}
         for address, worker in self._workers.items():
             worker.listed = address in listed
+        for route in table.values():
+            for endpoint in route.endpoints:
+                self._workers[endpoint.address].models.add(route.model)
         return left
+
+    def models(self, address: str) -> Collection[str]:
+        """Models whose requests may be at a worker."""
+        worker = self._workers.get(address)
+        return worker.models if worker is not None else ()
 
     def candidates(
         self, route: ModelRoute, occupations: Mapping[str, Occupation] | None = None

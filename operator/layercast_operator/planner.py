@@ -160,8 +160,11 @@ def _prepare(given: PlanInput) -> tuple[list[Action], str]:
                 return [], f"{node.name} prepares the checkpoint"
             if checkpoint.state is CheckpointState.READY and checkpoint.on_disk:
                 return [], f"waits for {node.name} to answer"
+    avoid = resting(memory.prepare_backoffs, now)
+    if asked := _asked(given.snapshot, avoid, model.model.key):
+        return [], f"{asked} prepares the checkpoint"
     failures = {node: backoff.failures for node, backoff in memory.prepare_backoffs.items()}
-    chosen = choose_preparer(given.snapshot, failures=failures, avoid=resting(memory.prepare_backoffs, now))
+    chosen = choose_preparer(given.snapshot, failures=failures, avoid=avoid)
     if chosen is None:
         return [], "no node can prepare the checkpoint now"
     node_name, why = chosen
@@ -175,6 +178,15 @@ def _prepare(given: PlanInput) -> tuple[list[Action], str]:
         why=why,
     )
     return [action], f"{node_name} prepares the checkpoint"
+
+
+def _asked(snapshot: Snapshot, avoid: Collection[str], key: str) -> str:
+    """A node that was asked a moment ago and does not show it yet; its neighbours need not begin as well."""
+    for node in snapshot.nodes:
+        failed = any(c.key == key and c.state is CheckpointState.FAILED for c in node.checkpoints)
+        if node.name in avoid and node.fresh and not failed:
+            return node.name
+    return ""
 
 
 def _holds(node: Node, resolved: Resolved | None) -> bool:

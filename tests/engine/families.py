@@ -152,9 +152,7 @@ def build(family: str, *, seed: int = 0) -> Tiny:
         if "norm" in name:
             parameter.data += 0.1 * noise
         elif "embed" in name:
-            # Gemma multiplies by the root of the hidden size; large embeddings would drown the layers where the
-            # same matrix makes the logits.
-            parameter.data = noise * (0.02 if family.startswith("gemma") else 0.5)
+            parameter.data = noise * _embedding_scale(config)
         elif parameter.dim() == 1 or "bias" in name or "sinks" in name:
             parameter.data = 0.3 * noise
         else:
@@ -162,6 +160,13 @@ def build(family: str, *, seed: int = 0) -> Tiny:
     model = LayeredModel(config=config, shape=shape_of(config, "float32"), device=CPU)
     model.attach(parameters(judge, model))
     return Tiny(config=config, judge=judge, model=model)
+
+
+def _embedding_scale(config: dict[str, Any]) -> float:
+    """Large embeddings would drown the layers where the same matrix makes the logits."""
+    if config["model_type"].startswith("gemma"):
+        return 0.02  # multiplied by the root of the hidden size
+    return 0.1 if config.get("tie_word_embeddings") else 0.5
 
 
 def parameters(judge: Any, model: LayeredModel) -> dict[str, torch.Tensor]:

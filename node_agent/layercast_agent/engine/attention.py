@@ -134,7 +134,7 @@ def paged_attention(
     )
     attend = _fused if scoring.plain else _explicit
     keys, values = plan.kv.by_head(layer)
-    grouped = query[0].unflatten(0, (key.shape[1], -1))
+    grouped = query[0].view(key.shape[1], -1, *query.shape[2:])
     output = query.new_empty((query.shape[2], *grouped.shape[:2], value.shape[-1]))
     row = 0
     for span, reading in zip(plan.spans, plan.readings(sliding_window), strict=True):

@@ -7,6 +7,7 @@ scale) are in no checkpoint and are real from the start.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,9 @@ __all__ = ["LayeredModel", "ModelShape", "shape_of"]
 
 LM_HEAD = "lm_head.weight"
 
+_building = threading.Lock()
+"""init_empty_weights replaces a method of torch for the whole process while a model is built."""
+
 
 class LayeredModel:
     """One model whose layers run in slices. Not thread-safe: the thread that owns the engine owns it."""
@@ -32,13 +36,13 @@ class LayeredModel:
         self.shape = shape
         self.device = device
         self.config = transformers_config(config)
-        self._modules = _build(self.config, shape.dtype, device)
-        decoder = self._modules.get_decoder()
+        self._causal_lm = _build(self.config, shape.dtype, device)
+        decoder = self._causal_lm.get_decoder()
         self._embed: nn.Module = decoder.embed_tokens
         self._layers: list[nn.Module] = list(decoder.layers)
         self._norm: nn.Module = decoder.norm
         self._rotary: nn.Module = decoder.rotary_emb
-        self._head: nn.Module = self._modules.get_output_embeddings()
+        self._head: nn.Module = self._causal_lm.get_output_embeddings()
         self._rotary_kinds = _rotary_kinds(self._rotary, self.config)
         self._missing: list[set[str]] = [set() for _ in range(shape.layers + 2)]
         for name, _ in self.named_parameters():
@@ -46,7 +50,7 @@ class LayeredModel:
 
     def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """Name and parameter, as a checkpoint stores them: tied ones once. On the meta device until attached."""
-        for name, parameter in self._modules.named_parameters(remove_duplicate=False):
+        for name, parameter in self._causal_lm.named_parameters(remove_duplicate=False):
             if not (self.shape.tied and name == LM_HEAD):
                 yield name, parameter
 
@@ -64,10 +68,10 @@ class LayeredModel:
                     f"{list(expected.shape)}",
                     tensor=name,
                 )
-            parameter = nn.Parameter(tensor, requires_grad=False)
-            setattr(owner, attribute, parameter)
+            # Not by setattr: while a model is being built elsewhere, that would move the parameter to the meta device.
+            owner._parameters[attribute] = parameter = nn.Parameter(tensor, requires_grad=False)
             if self.shape.tied and owner is self._embed:
-                self._head.weight = parameter
+                self._head._parameters["weight"] = parameter
             self._missing[segment_index(name, self.shape.layers)].discard(name)
 
     @torch.inference_mode()
@@ -132,7 +136,7 @@ class LayeredModel:
         path, _, attribute = name.rpartition(".")
         if not (self.shape.tied and name == LM_HEAD):
             try:
-                owner = self._modules.get_submodule(path)
+                owner = self._causal_lm.get_submodule(path)
             except AttributeError:
                 owner = None
             if owner is not None and isinstance(owner._parameters.get(attribute), nn.Parameter):
@@ -146,7 +150,7 @@ def _build(config: Any, dtype: torch.dtype, device: torch.device) -> Any:
 
     AttentionInterface.register(ATTENTION, paged_attention)
     # Buffers are excluded on purpose: no checkpoint has them, so on the meta device they would be lost.
-    with torch.inference_mode(mode=False), init_empty_weights(include_buffers=False):
+    with _building, torch.inference_mode(mode=False), init_empty_weights(include_buffers=False):
         modules = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=ATTENTION)
     for module in modules.modules():
         for name, buffer in module.named_buffers(recurse=False):

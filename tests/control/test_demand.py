@@ -1,0 +1,65 @@
+"""A gateway's page to demand: a value, zero and unknown are three answers."""
+
+from __future__ import annotations
+
+import pytest
+
+from layercast_operator.demand import Reading, demand_of, parse_reading
+
+PAGE = """# HELP layercast_gateway_prompt_tokens_waiting Prompt tokens.
+# TYPE layercast_gateway_prompt_tokens_waiting gauge
+layercast_gateway_prompt_tokens_waiting{model="m"} 1200.0
+# TYPE layercast_gateway_requests_waiting gauge
+layercast_gateway_requests_waiting{model="m"} 4.0
+# TYPE layercast_gateway_requests_in_flight gauge
+layercast_gateway_requests_in_flight{model="m"} 6.0
+# TYPE layercast_gateway_ttft_seconds histogram
+layercast_gateway_ttft_seconds_bucket{le="0.1",model="m"} 3.0
+layercast_gateway_ttft_seconds_count{model="m"} nonsense
+"""
+
+
+def reading(at: float = 100.0) -> Reading:
+    return parse_reading(PAGE, at=at)
+
+
+def test_values_and_zero() -> None:
+    demand, problem = demand_of({"g": reading()}, models=["m", "quiet"], now=101.0, age_max_s=2.0)
+    m, quiet = demand["m"], demand["quiet"]
+    assert (m.prompt_tokens_waiting, m.requests_waiting, m.requests_in_flight) == (1200, 4, 6)
+    assert m.complete and quiet.complete and problem == ""
+    assert (quiet.prompt_tokens_waiting, quiet.requests_in_flight) == (0, 0)
+
+
+def test_gateways_are_summed_and_a_silent_one_is_said() -> None:
+    both, _ = demand_of({"g": reading(), "h": reading()}, models=["m"], now=101.0, age_max_s=2.0)
+    assert both["m"].prompt_tokens_waiting == 2400 and both["m"].complete
+    for silent in (None, reading(at=90.0)):
+        partly, problem = demand_of({"g": reading(), "h": silent}, models=["m"], now=101.0, age_max_s=2.0)
+        assert partly["m"].prompt_tokens_waiting == 1200 and not partly["m"].complete
+        assert problem == "silent: h"
+
+
+@pytest.mark.parametrize(
+    ("readings", "words"),
+    [({}, "no gateway is known"), ({"g": None}, "for 2 s: g"), ({"g": reading(at=90.0)}, "for 2 s: g")],
+)
+def test_unknown(readings: dict[str, Reading | None], words: str) -> None:
+    demand, problem = demand_of(readings, models=["m"], now=101.0, age_max_s=2.0)
+    assert demand == {} and words in problem
+
+
+@pytest.mark.parametrize("text", ["", "# TYPE other gauge\nother 1\n", PAGE.replace("_in_flight", "_inflight")])
+def test_a_page_without_our_names_is_unknown_and_not_zero(text: str) -> None:
+    with pytest.raises(ValueError, match="requests_in_flight"):
+        parse_reading(text, at=0.0)
+
+
+def test_a_gateway_that_has_seen_nothing_yet_tells_zero() -> None:
+    lines = [line for line in PAGE.splitlines() if line.startswith("# TYPE")]
+    got = parse_reading("\n".join(lines), at=0.0)
+    assert set(got.values) == {
+        "layercast_gateway_prompt_tokens_waiting",
+        "layercast_gateway_requests_waiting",
+        "layercast_gateway_requests_in_flight",
+    }
