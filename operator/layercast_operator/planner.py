@@ -199,7 +199,7 @@ def _shrink(
     """Let surplus replicas go, and those of an older checkpoint once newer ones serve."""
     current = [r for r in replicas if r.active and r.digest == resolved.digest]
     surplus = max(len(current) - given.target, 0)
-    victims = [(r, f"{len(current)} replicas, {given.target} wanted") for r in _victims(current, surplus)]
+    victims = [(r, f"{len(current)} are there, {given.target} wanted") for r in _victims(current, surplus)]
     victims += [(r, "of an older checkpoint") for r in _outdated(given, resolved, replicas)]
     gone: set[str] = set()
     actions: list[Action] = []

@@ -139,21 +139,27 @@ def _into_bounds(scaling: Scaling, given: PolicyInput, *, least: int, most: int)
     replicas = max(least, min(given.current, most))
     reason = f"{given.current} is outside spec.scaling ({scaling.replicas_min} to {scaling.replicas_max})"
     if given.capacity is not None and given.capacity < given.current:
-        reason = f"only {given.capacity} devices can hold a replica"
+        reason = f"only {counted(given.capacity, 'device')} can hold a replica"
     limited = _limit(scaling, given, wanted=max(given.current, scaling.replicas_min))
     return Decision(replicas=replicas, rule=Rule.BOUNDS, reason=reason, limited=limited)
+
+
+def counted(number: int, noun: str) -> str:
+    """A number with its noun: 1 replica, 2 replicas."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def limit_of_devices(*, wanted: int, capacity: int | None) -> str:
     """Why `wanted` replicas cannot be had on the devices; empty when they can."""
     if capacity is None or wanted <= capacity:
         return ""
-    return f"{wanted} replicas are wanted, {capacity} devices can hold one"
+    verb = "is" if wanted == 1 else "are"
+    return f"{counted(wanted, 'replica')} {verb} wanted, {counted(capacity, 'device')} can hold one each"
 
 
 def _limit(scaling: Scaling, given: PolicyInput, *, wanted: int) -> str:
     if wanted > scaling.replicas_max:
-        return f"demand calls for {wanted} replicas, spec.scaling.max is {scaling.replicas_max}"
+        return f"demand calls for {counted(wanted, 'replica')}, spec.scaling.max is {scaling.replicas_max}"
     return limit_of_devices(wanted=wanted, capacity=given.capacity)
 
 
@@ -169,7 +175,7 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
         highs.append(queue.high)
         rate = given.prefill_tokens_per_s or 0
         text = f"{demand.prompt_tokens_waiting:.0f} prompt tokens wait at {rate:.0f} tokens/s a replica"
-        why.append((queue.low, Rule.QUEUE, f"{text}: {queue.low} to {queue.high} replicas"))
+        why.append((queue.low, Rule.QUEUE, f"{text}: {_span(queue)}"))
     if given.kv is None:
         unknown.append("the KV use of a replica is unknown")
     elif given.kv.used:
@@ -177,7 +183,7 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
         lows.append(pages.low)
         highs.append(pages.high)
         text = f"{given.kv.used} KV pages are used of {given.kv.pages_per_replica:.0f} a replica"
-        why.append((pages.low, Rule.KV, f"{text}: {pages.low} to {pages.high} replicas"))
+        why.append((pages.low, Rule.KV, f"{text}: {_span(pages)}"))
     present = demand.requests_waiting + demand.requests_in_flight > 0
     if present:
         lows.append(1)
@@ -197,6 +203,12 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
         reason=reason,
         unknown="; ".join(unknown),
     )
+
+
+def _span(band: ReplicaBand) -> str:
+    if band.low == band.high:
+        return counted(band.low, "replica")
+    return f"{band.low} to {counted(band.high, 'replica')}"
 
 
 def _queue_band(scaling: Scaling, given: PolicyInput, demand: Demand) -> ReplicaBand | None:

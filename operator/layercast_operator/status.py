@@ -14,7 +14,7 @@ from layercast_operator.feeding import holders_of
 from layercast_operator.history import rfc3339, scale_json
 from layercast_operator.modelservice import ModelService
 from layercast_operator.multicast import HolderKind
-from layercast_operator.policy import Rule
+from layercast_operator.policy import Rule, counted
 from layercast_operator.snapshot import (
     CheckpointState,
     Replica,
@@ -142,7 +142,7 @@ def _ready(
     if resolved.status != "True":
         return replace(resolved, type="Ready")
     if counts.serving:
-        message = f"{counts.serving} of {counts.desired} replicas serve"
+        message = f"{counts.serving} of {counted(counts.desired, 'replica')} serve"
         return Condition(type="Ready", status="True", reason="Serving", message=message)
     if counts.desired == 0:
         message = "scaled to zero; the first request starts a replica"
@@ -154,7 +154,7 @@ def _ready(
 def _available(model: ModelService, counts: _Counts, weights: Condition) -> Condition:
     scaling = model.scaling
     needed = min(scaling.replicas_min, counts.desired) if scaling is not None else min(1, counts.desired)
-    message = f"{counts.serving} replicas serve, at least {needed} must"
+    message = f"{counts.serving} serve, at least {needed} must"
     if counts.serving >= needed:
         return Condition(type="Available", status="True", reason="MinimumServing", message=message)
     return Condition(
@@ -164,7 +164,7 @@ def _available(model: ModelService, counts: _Counts, weights: Condition) -> Cond
 
 def _progressing(model: ModelService, turn: Turn, counts: _Counts) -> Condition:
     if counts.serving == counts.desired and not counts.loading and not counts.draining:
-        message = f"{counts.desired} replicas, as wanted"
+        message = f"{counted(counts.desired, 'replica')}, as wanted"
         return Condition(type="Progressing", status="False", reason="Settled", message=message)
     errors = turn.memory.errors
     if turn.plan.blocked and not counts.loading and not counts.draining:
@@ -184,7 +184,7 @@ def _progressing(model: ModelService, turn: Turn, counts: _Counts) -> Condition:
 def _weights_loaded(model: ModelService, snapshot: Snapshot, turn: Turn, counts: _Counts) -> Condition:
     loading = [r for r in snapshot.replicas(model.name) if r.arriving]
     if not loading and counts.serving:
-        message = f"{counts.serving} replicas hold all parameters"
+        message = f"all parameters are on {counted(counts.serving, 'replica')}"
         return Condition(type="WeightsLoaded", status="True", reason="Loaded", message=message)
     if not loading:
         message = turn.plan.blocked or "no replica has been started"

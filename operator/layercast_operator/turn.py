@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from layercast_operator.modelservice import ModelService, ScalePolicy, Scaling, ScalingMode
 from layercast_operator.placement import capacity
 from layercast_operator.planner import Plan, PlanInput, plan
-from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, decide, limit_of_devices
+from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, counted, decide, limit_of_devices
 from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
 from layercast_operator.state import ModelMemory, observe, with_target
 
@@ -149,7 +149,7 @@ def _first_target(model: ModelService, active: int, room: int | None) -> Decisio
     """After a start: what runs goes on, within bounds; where nothing runs, the specification says where to start."""
     if active and model.scaling is not None and model.scaling.mode is ScalingMode.AUTO:
         replicas = _within(active, model.scaling)
-        reason = f"{active} replicas were found"
+        reason = f"{counted(active, 'replica')} found running"
     else:
         replicas = _within(model.replicas, model.scaling)
         reason = f"spec.replicas is {model.replicas}"

@@ -49,7 +49,9 @@ def test_unknown(readings: dict[str, Reading | None], words: str) -> None:
     assert demand == {} and words in problem
 
 
-@pytest.mark.parametrize("text", ["", "# TYPE other gauge\nother 1\n", PAGE.replace("_in_flight", "_inflight")])
+@pytest.mark.parametrize(
+    "text", ["", "# TYPE other gauge\nother 1\n", PAGE.replace("_in_flight", "_inflight")]
+)
 def test_a_page_without_our_names_is_unknown_and_not_zero(text: str) -> None:
     with pytest.raises(ValueError, match="requests_in_flight"):
         parse_reading(text, at=0.0)

@@ -96,7 +96,9 @@ def test_mistakes_name_file_and_field(find: str, put: str, sentence: str) -> Non
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["", "---", "[]", "just words", SAMPLE + "---" + SAMPLE, "\x00", "a: &a [*a]"])
+@pytest.mark.parametrize(
+    "text", ["", "---", "[]", "just words", SAMPLE + "---" + SAMPLE, "\x00", "a: &a [*a]"]
+)
 def test_what_is_no_modelservice(text: str) -> None:
     with pytest.raises(ModelServiceError):
         parse(text)

@@ -111,7 +111,7 @@ def test_shrinking_drains_then_stops_the_emptiest_and_newest(worlds: Any) -> Non
         (DrainReplica, c.replica_id),
         (StopReplica, c.replica_id),
     ]
-    assert log[0].grace_s == 20.0 and "3 replicas, 2 wanted" in log[0].why
+    assert log[0].grace_s == 20.0 and "3 are there, 2 wanted" in log[0].why
     assert p.memories["m"].scales[-1].rule == "manual"
 
 
@@ -239,7 +239,7 @@ def test_two_models_never_get_one_device(worlds: Any) -> None:
     p = pilot(worlds, worlds.service("a", replicas=3), worlds.service("b", replicas=3), nodes=4)
     p.run(10)  # the world refuses two replicas on one device
     assert len(p.world.replicas(SERVING)) == 4
-    assert p.turns["b"].decision.limited == "3 replicas are wanted, 1 devices can hold one"
+    assert p.turns["b"].decision.limited == "3 replicas are wanted, 1 device can hold one each"
 
 
 def test_nothing_is_started_before_every_node_has_answered(worlds: Any) -> None:
@@ -308,7 +308,7 @@ def test_wants_that_devices_cannot_meet_are_met_when_they_come_back(worlds: Any)
     p = pilot(worlds, worlds.service(replicas=3), nodes=2)
     p.run(8)
     assert len(p.world.replicas(SERVING)) == 2
-    assert p.turns["m"].decision.limited == "3 replicas are wanted, 2 devices can hold one"
+    assert p.turns["m"].decision.limited == "3 replicas are wanted, 2 devices can hold one each"
     p.world.kill("node-1")
     p.run(2)
     p.world.revive("node-1")

@@ -162,7 +162,7 @@ def test_to_zero_only_without_a_request(worlds: Any) -> None:
         (3, 30000, 3, "spec.scaling.max is 5"),
         (3, 2500, 3, "5 replicas are wanted, 3 devices"),  # 4..5 -> 5
         (None, 2500, 5, ""),
-        (0, 0, 0, "1 replicas are wanted, 0 devices"),
+        (0, 0, 0, "1 replica is wanted, 0 devices"),
     ],
 )
 def test_devices_limit_and_it_is_said(

@@ -214,7 +214,7 @@ class World:
 
     def pass_time(self, seconds: float = STEP_S) -> None:
         """Bytes arrive, drains end."""
-        self.now += seconds
+        self.now = round(self.now + seconds, 3)  # golden files have no float noise
         for node in self.nodes.values():
             for replica in node.replicas.values() if node.alive else ():
                 self._progress(node, replica, seconds)
