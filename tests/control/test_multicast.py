@@ -180,7 +180,8 @@ rates = st.sampled_from([10 * MB, 25 * MB, 50 * MB, 100 * MB])
 def networks(draw: st.DrawFn) -> tuple[list[Holder], list[Target]]:
     """Up to eight nodes with a few holders and targets anywhere on them."""
     nodes = [(f"n{i}", draw(st.sampled_from("abc")), draw(rates)) for i in range(draw(st.integers(1, 8)))]
-    holders, targets = [], []
+    holders: list[Holder] = []
+    targets: list[Target] = []
     for i in range(draw(st.integers(1, 4))):
         node, leaf, nic = draw(st.sampled_from(nodes))
         kind = draw(st.sampled_from(list(HolderKind)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,6 @@ from hypothesis import strategies as st
 
 from layercast_operator.actions import (
     DrainReplica,
-    PrepareCheckpoint,
     StartReplica,
     StartTransfer,
     StopReplica,
@@ -19,9 +19,15 @@ from layercast_operator.actions import (
 from layercast_operator.modelservice import ModelSource, ScalePolicy, ScalingMode
 from layercast_operator.planner import plan_orphans
 from layercast_operator.policy import Rule
-from layercast_operator.snapshot import NodeHealth, PendingReplica, ReplicaState, with_pending
+from layercast_operator.snapshot import NodeHealth, PeerRef, PendingReplica, ReplicaState, with_pending
+from layercast_operator.turn import take_turn
 
 SERVING = ReplicaState.SERVING
+
+
+def ids(peers: Iterable[PeerRef | None]) -> list[str]:
+    """Names of peers; the own disk is "-"."""
+    return ["-" if peer is None else peer.peer_id for peer in peers]
 
 
 def pilot(worlds: Any, *models: Any, **world: Any) -> Any:
@@ -58,12 +64,12 @@ def test_growing_live_makes_a_chain_behind_the_serving_replica(worlds: Any) -> N
     starts = [a for a in log if isinstance(a, StartReplica)]
     transfers = [a for a in log if isinstance(a, StartTransfer)]
     assert [a.node for a in starts] == ["node-1", "node-2"]
-    assert all(a.manifest_peer.peer_id == "m-000000" for a in starts)
+    assert ids(a.manifest_peer for a in starts) == ["m-000000", "m-000000"]
     first, second = transfers
-    assert [u.peer_id for u in first.upstreams] == ["m-000000", "node-0"]
-    assert [u.peer_id for u in second.upstreams] == ["m-000001", "m-000000", "node-0"]
+    assert ids(first.upstreams) == ["m-000000", "node-0"]
+    assert ids(second.upstreams) == ["m-000001", "m-000000", "node-0"]
     for transfer in transfers:
-        assert transfer.live_source.peer_id == "m-000000"
+        assert ids([transfer.live_source]) == ["m-000000"]
         assert transfer.segment_order == (1, 2, 3, 0, 4)
         assert transfer.generation == int(1000 * (began + 0.2))
     record = p.memories["m"].scales[-1]
@@ -95,7 +101,7 @@ def test_live_targets_are_spread_over_sources_with_the_most_waiting_first(worlds
     one.waiting, two.waiting = 1, 9
     p.models["m"] = worlds.service(replicas=5, generation=2)
     transfers = [a for a in p.run(0.6) if isinstance(a, StartTransfer)]
-    sources = [t.live_source.peer_id for t in transfers]
+    sources = ids(t.live_source for t in transfers)
     assert sources == [two.replica_id, one.replica_id, two.replica_id]
 
 
@@ -107,9 +113,9 @@ def test_shrinking_drains_then_stops_the_emptiest_and_newest(worlds: Any) -> Non
     c.assigned_at += 1
     p.models["m"] = worlds.service(replicas=2, generation=2)
     log = p.run(2)
-    assert [(type(x), x.replica_id) for x in log] == [
-        (DrainReplica, c.replica_id),
-        (StopReplica, c.replica_id),
+    assert [(type(x).__name__, x.replica_id) for x in log] == [
+        ("DrainReplica", c.replica_id),
+        ("StopReplica", c.replica_id),
     ]
     assert log[0].grace_s == 20.0 and "3 are there, 2 wanted" in log[0].why
     assert p.memories["m"].scales[-1].rule == "manual"
@@ -187,7 +193,7 @@ def test_an_upstream_that_is_gone_is_replaced_once(worlds: Any) -> None:
     log = p.act()
     (transfer,) = [a for a in log if isinstance(a, StartTransfer)]
     assert transfer.replica_id == "m-000002" and "m-000001 is gone" in transfer.why
-    assert transfer.upstreams[0].peer_id == "m-000000"
+    assert ids(transfer.upstreams)[0] == "m-000000"
     assert not [a for a in p.act() if isinstance(a, StartTransfer) and a.replica_id == "m-000002"]
 
 
@@ -247,8 +253,6 @@ def test_nothing_is_started_before_every_node_has_answered(worlds: Any) -> None:
     p.run(6)
     fresh = worlds.Pilot(p.world, worlds.service(replicas=1))
     snapshot = p.world.snapshot(unseen=("node-0",))
-    from layercast_operator.turn import take_turn
-
     turn = take_turn(
         model=fresh.models["m"],
         policy=None,
@@ -348,8 +352,6 @@ def test_what_was_asked_for_and_is_not_seen_yet_is_not_asked_again(worlds: Any) 
     snapshot = with_pending(world.snapshot(), pending)
     (replica,) = snapshot.replicas("m")
     assert replica.pending and not snapshot.nodes[0].devices[0].idle
-    from layercast_operator.turn import take_turn
-
     turn = take_turn(
         model=p.models["m"],
         policy=None,

@@ -116,7 +116,7 @@ def test_golden_tokens() -> None:
     """Other versions of this code, of NumPy and of torch on other workers must choose these, too."""
     logits = torch.linspace(0, 3, VOCABULARY)[None]
     chosen = [sample(logits, [draw(place, seed=42, temperature=1.0)])[0].token_id for place in range(8)]
-    assert chosen == [16, 29, 35, 31, 42, 47, 49, GOLD]
+    assert chosen == [16, 29, 35, 31, 42, 47, 49, 48]
 
 
 def test_greedy_ties_go_to_the_first() -> None:
