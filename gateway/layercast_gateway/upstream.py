@@ -36,7 +36,15 @@ COMMANDS_MAX = 4096
 
 # Tokenizers of large vocabularies have tens of megabytes. A pool of its own, because a shared one waits out gRPC's
 # back-off, which starts at a second.
-CHANNEL_OPTIONS = [("grpc.max_receive_message_length", 256 << 20), ("grpc.use_local_subchannel_pool", 1)]
+CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 256 << 20),
+    ("grpc.use_local_subchannel_pool", 1),
+    # A worker that is stopped or cut off closes nothing: only an unanswered ping tells. Workers allow one a second.
+    ("grpc.keepalive_time_ms", 4_000),
+    ("grpc.keepalive_timeout_ms", 4_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+]
 
 
 class StreamEvents(Protocol):

@@ -6,9 +6,10 @@ gRPC exception ends here as an AgentCallError.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
-from typing import assert_never
+from typing import TypeVar, assert_never
 
 import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -37,6 +38,8 @@ from layercast_operator.snapshot import (
     Transfer,
     WorkerState,
 )
+
+_T = TypeVar("_T")
 
 CALL_DEADLINE_S = 5.0
 # StartReplica builds the model and allocates its memory before it answers.
@@ -104,35 +107,30 @@ class AgentCalls:
 
     async def get_status(self, node: str, *, polled_at: float, deadline_s: float) -> Node:
         """What the agent of `node` tells. Raises AgentCallError."""
-        try:
-            answer = await self._line(node).stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s)
-        except grpc.aio.AioRpcError as error:
-            raise _call_error(node, error) from error
-        return node_of(answer, name=node, polled_at=polled_at)
+        call = self._line(node).stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s)
+        return node_of(await _answer(node, call), name=node, polled_at=polled_at)
 
     async def carry_out(self, action: Action) -> None:
         """One command. Raises AgentCallError."""
         stub = self._line(action.node).stub
-        try:
-            match action:
-                case PrepareCheckpoint():
-                    await stub.PrepareCheckpoint(_prepare(action), timeout=CALL_DEADLINE_S)
-                case StartReplica():
-                    await stub.StartReplica(_start(action), timeout=START_DEADLINE_S)
-                case StartTransfer():
-                    await stub.StartTransfer(_transfer(action), timeout=CALL_DEADLINE_S)
-                case DrainReplica():
-                    drain = pb.DrainReplicaRequest(
-                        replica_id=action.replica_id, grace_ms=int(action.grace_s * 1000)
-                    )
-                    await stub.DrainReplica(drain, timeout=CALL_DEADLINE_S)
-                case StopReplica():
-                    stop = pb.StopReplicaRequest(replica_id=action.replica_id)
-                    await stub.StopReplica(stop, timeout=CALL_DEADLINE_S)
-                case _:
-                    assert_never(action)
-        except grpc.aio.AioRpcError as error:
-            raise _call_error(action.node, error) from error
+        call: Awaitable[object]
+        match action:
+            case PrepareCheckpoint():
+                call = stub.PrepareCheckpoint(_prepare(action), timeout=CALL_DEADLINE_S)
+            case StartReplica():
+                call = stub.StartReplica(_start(action), timeout=START_DEADLINE_S)
+            case StartTransfer():
+                call = stub.StartTransfer(_transfer(action), timeout=CALL_DEADLINE_S)
+            case DrainReplica():
+                grace_ms = int(action.grace_s * 1000)
+                drain = pb.DrainReplicaRequest(replica_id=action.replica_id, grace_ms=grace_ms)
+                call = stub.DrainReplica(drain, timeout=CALL_DEADLINE_S)
+            case StopReplica():
+                stop = pb.StopReplicaRequest(replica_id=action.replica_id)
+                call = stub.StopReplica(stop, timeout=CALL_DEADLINE_S)
+            case _:
+                assert_never(action)
+        await _answer(action.node, call)
 
     def _line(self, node: str) -> _Line:
         if node not in self._lines:
@@ -140,9 +138,21 @@ class AgentCalls:
         return self._lines[node]
 
 
-def _call_error(node: str, error: grpc.aio.AioRpcError) -> AgentCallError:
-    details = " ".join((error.details() or "no details").split())[:500]
-    return AgentCallError(details, node=node, code=error.code().name)
+async def _answer(node: str, call: Awaitable[_T]) -> _T:
+    """The answer of a call; whatever gRPC raises becomes an AgentCallError."""
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        details = " ".join((error.details() or "no details").split())[:500]
+        raise AgentCallError(details, node=node, code=error.code().name) from error
+    except asyncio.CancelledError:
+        # gRPC cancels calls when their channel is closed. Only a cancelled task of ours may end by this.
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise AgentCallError("the connection was closed", node=node, code="CANCELLED") from None
+    except grpc.aio.UsageError as error:
+        raise AgentCallError(str(error), node=node, code="CANCELLED") from error
 
 
 def _prepare(action: PrepareCheckpoint) -> pb.PrepareCheckpointRequest:

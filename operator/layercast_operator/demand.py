@@ -17,6 +17,7 @@ PROMPT_TOKENS_WAITING = "layercast_gateway_prompt_tokens_waiting"
 REQUESTS_WAITING = "layercast_gateway_requests_waiting"
 REQUESTS_IN_FLIGHT = "layercast_gateway_requests_in_flight"
 _NAMES = (PROMPT_TOKENS_WAITING, REQUESTS_WAITING, REQUESTS_IN_FLIGHT)
+_OUR_COMMENTS = [[name] for name in _NAMES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,14 +37,19 @@ def parse_reading(text: str, *, at: float) -> Reading:
     lines = (
         line
         for line in text.splitlines()
-        if line.startswith(_NAMES) or (line.startswith("# ") and line.split(" ", 3)[2] in _NAMES)
+        if line.startswith(_NAMES) or (line.startswith("# ") and line.split(" ", 3)[2:3] in _OUR_COMMENTS)
     )
     values: dict[str, dict[str, float]] = {}
-    for family in text_string_to_metric_families("\n".join(lines) + "\n"):
+    try:
+        families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        # The parser expects well-formed pages; whatever it stumbles over is the page's fault.
+        raise ValueError(f"the page is malformed: {error!r}") from error
+    for family in families:
         by_model = values.setdefault(family.name, {})
         for sample in family.samples:
             model = sample.labels.get("model", "")
-            by_model[model] = by_model.get(model, 0.0) + sample.value
+            by_model[model] = by_model.get(model, 0.0) + (sample.value if sample.value > 0 else 0.0)
     missing = [name for name in _NAMES if name not in values]
     if missing:
         raise ValueError(f"the page has no {', '.join(missing)}")

@@ -10,18 +10,28 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import assert_never
 
-from layercast_operator.actions import Action, StartReplica
+from layercast_operator.actions import (
+    Action,
+    DrainReplica,
+    PrepareCheckpoint,
+    StartReplica,
+    StartTransfer,
+    StopReplica,
+)
 from layercast_operator.agents import AgentCalls
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
-from layercast_operator.snapshot import PendingReplica, Snapshot
+from layercast_operator.snapshot import Node, PendingReplica, ReplicaState, Snapshot
 
 _LOG = logging.getLogger(__name__)
 
 FLIGHTS_MAX = 256
 RETRY_FIRST_S = 0.2
 RETRY_MAX_S = 5.0
+# Agents show what they did at once; one that answers from a moment ago gets this long.
+VISIBLE_AFTER_S = 2.0
 # Failures of a subject are forgotten after this long without a new one.
 FAILURES_FORGOTTEN_S = 30.0
 
@@ -119,9 +129,11 @@ class Executor:
             if flight.finished_at is None:
                 continue
             node = snapshot.node(key[0])
+            waited_s = snapshot.at - flight.finished_at
             seen = node is None or node.lost or node.polled_at > flight.finished_at
-            old = snapshot.at - flight.finished_at > FAILURES_FORGOTTEN_S
-            if (seen and flight.failures == 0) or old:
+            if seen and node is not None and not node.lost and waited_s < VISIBLE_AFTER_S:
+                seen = _visible(flight.action, node)
+            if (seen and flight.failures == 0) or waited_s > FAILURES_FORGOTTEN_S:
                 del self._flights[key]
 
     async def _fly(self, flight: _Flight) -> None:
@@ -153,3 +165,22 @@ class Executor:
         flight.not_before = now + min(RETRY_FIRST_S * 2.0 ** (flight.failures - 1), RETRY_MAX_S)
         _LOG.warning("a command failed", extra={"node": flight.action.node, "problem": text})
         self._failures.append(Failure(action=flight.action, code=code, text=text, at=now))
+
+
+def _visible(action: Action, node: Node) -> bool:
+    """Whether the node's answer shows what the command did."""
+    if isinstance(action, PrepareCheckpoint):
+        return any(checkpoint.key == action.key for checkpoint in node.checkpoints)
+    replica = next((r for r in node.replicas if r.replica_id == action.replica_id and not r.pending), None)
+    match action:
+        case StartReplica():
+            return replica is not None
+        case StartTransfer():
+            transfer = replica.transfer if replica is not None else None
+            return replica is None or (transfer is not None and transfer.generation >= action.generation)
+        case DrainReplica():
+            return replica is None or replica.state not in {ReplicaState.SERVING, ReplicaState.LIVE}
+        case StopReplica():
+            return replica is None
+        case _:
+            assert_never(action)

@@ -125,7 +125,11 @@ class Observer:
         while True:
             watch = self._watches[name]
             watch.soon.clear()
-            await self._poll(name, watch)
+            try:
+                await self._poll(name, watch)
+            except Exception:
+                # A bug of ours must not blind us for a node; what is known of it grows old meanwhile.
+                _LOG.exception("a poll ended by an exception", extra={"node": name})
             try:
                 await asyncio.wait_for(watch.soon.wait(), self.limits.poll_s)
             except TimeoutError:
@@ -150,9 +154,11 @@ class Observer:
 
     async def _scrape(self, gateway: str) -> None:
         while True:
-            reading = await self._read_gateway(gateway)
-            if reading is not None:
-                self._scrapes[gateway].reading = reading
+            try:
+                reading = await self._read_gateway(gateway)
+                self._scrapes[gateway].reading = reading or self._scrapes[gateway].reading
+            except Exception:
+                _LOG.exception("a scrape ended by an exception", extra={"gateway": gateway})
             await asyncio.sleep(self.limits.poll_s)
 
     async def _read_gateway(self, gateway: str) -> Reading | None:

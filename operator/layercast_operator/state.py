@@ -147,7 +147,12 @@ def observe(memory: ModelMemory, model: ModelService, snapshot: Snapshot) -> Mod
     if memory.generation != model.generation:
         # What was refused or failed may have been mended by the edit.
         memory = replace(
-            memory, generation=model.generation, prepare_backoffs={}, start_backoffs={}, refused_until=0.0
+            memory,
+            generation=model.generation,
+            prepare_backoffs={},
+            start_backoffs={},
+            refused_until=0.0,
+            errors=(),
         )
     ids = {replica.replica_id for replica in replicas}
     serving = [replica for replica in replicas if replica.state is ReplicaState.SERVING]
@@ -277,7 +282,13 @@ def after_actions(
             case StartTransfer():
                 memory = _with_transfer(memory, action)
             case StopReplica(failed=True):
-                memory = replace(memory, start_backoffs=_failed(memory.start_backoffs, action.node, now))
+                text = f"{action.node}: {action.replica_id}: {action.why}"
+                error = RecentError(at=now, node=action.node, text=text, refused=False)
+                memory = replace(
+                    memory,
+                    start_backoffs=_failed(memory.start_backoffs, action.node, now),
+                    errors=(*memory.errors, error)[-ERRORS_MAX:],
+                )
             case StopReplica() | DrainReplica():
                 pass
     return memory

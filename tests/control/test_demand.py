@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from layercast_operator.demand import Reading, demand_of, parse_reading
 
@@ -65,3 +67,21 @@ def test_a_gateway_that_has_seen_nothing_yet_tells_zero() -> None:
         "layercast_gateway_requests_waiting",
         "layercast_gateway_requests_in_flight",
     }
+
+
+@given(
+    st.lists(st.sampled_from([*PAGE.splitlines(), "# ", "#", "# TYPE", "x{", PAGE[40:90], 'a{b="'])).map(
+        "\n".join
+    )
+)
+def test_any_page_is_a_reading_or_a_problem(text: str) -> None:
+    try:
+        assert parse_reading(text, at=0.0).values
+    except ValueError as error:
+        assert str(error)
+
+
+def test_nonsense_values_count_for_nothing() -> None:
+    got = parse_reading(PAGE.replace("1200.0", "NaN").replace("4.0", "-3"), at=0.0)
+    assert got.values["layercast_gateway_prompt_tokens_waiting"] == {"m": 0.0}
+    assert got.values["layercast_gateway_requests_waiting"] == {"m": 0.0}

@@ -218,6 +218,21 @@ async def test_a_node_that_dies_is_replaced_and_its_return_is_welcome(
     await serving(cluster, eventually, 2)
 
 
+async def test_an_agent_that_moves_is_found_at_its_new_address(
+    cluster: Cluster, eventually: Eventually
+) -> None:
+    cluster.service(replicas=2)
+    await serving(cluster, eventually, 2)
+    moved = next(name for name, agent in cluster.agents.items() if agent.replicas and name != "node-0")
+    await cluster.agents[moved].stop()
+    await cluster.agents[moved].start()
+    cluster.tell_cluster()
+    cluster.service(replicas=0, scaling={"min": 0, "max": 3})
+    await eventually(lambda: cluster.counts() == {"desired": 0, "serving": 0, "loading": 0, "draining": 0})
+    assert cluster.agents[moved].of(pb.StopReplicaRequest)
+    assert len(cluster.all_of(pb.StartReplicaRequest)) == 2
+
+
 async def test_a_restarted_operator_finds_everything_and_repeats_nothing(
     cluster: Cluster, eventually: Eventually
 ) -> None:

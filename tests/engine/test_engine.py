@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layercast_agent.engine.engine import EngineLoad
+from layercast_agent.engine.sampler import Draw, sample
 from layercast_agent.engine.sequence import FinishReason
 from layercast_agent.errors import NoCapacityError, PeerError, RequestError, RequestTooLongError
 
@@ -97,6 +98,16 @@ def test_logprobs_travel_with_tokens(llama: Any, families: ModuleType) -> None:
     first = families.run(engine)[0]
     assert first.logprobs.logprob == pytest.approx(scores.max().item(), abs=1e-4)
     assert [token for token, _ in first.logprobs.top] == scores.topk(2).indices.tolist()
+
+
+def test_randomness_counts_generated_tokens(llama: Any, families: ModuleType) -> None:
+    """The third token is drawn with position 2, however long the prompt is."""
+    prompt = families.prompts([9])[0]
+    sampled = families.answer(llama.engine(), families.sequence(prompt, 3, **SAMPLING))
+    with torch.inference_mode():
+        logits = llama.judge(torch.tensor([[*prompt, *sampled[:2]]])).logits[:, -1]
+    draw = Draw(sampling=families.sequence(prompt, 3, **SAMPLING).sampling, position=2)
+    assert sample(logits, [draw])[0].token_id == sampled[2]
 
 
 def test_cancelling_frees_pages(llama: Any, families: ModuleType) -> None:

@@ -104,6 +104,15 @@ def test_rounding_does_not_matter() -> None:
         assert sample(logits, draws) == sample(logits + noise, draws)
 
 
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"top_p": 0.99}])
+def test_noise_belongs_to_tokens_not_to_ranks(sampling: dict[str, Any]) -> None:
+    """Two candidates that rounding swaps keep their noise."""
+    logits = torch.tensor([[2.0, 2.0, 1.0, -20.0]])
+    swapped = logits + torch.tensor([[0.0, 1e-6, 0.0, 0.0]])
+    draws = [draw(position, seed=3, temperature=1.0, **sampling) for position in range(60)]
+    assert sample(logits.expand(60, -1), draws) == sample(swapped.expand(60, -1), draws)
+
+
 def test_seed_and_position_matter() -> None:
     logits = torch.zeros((1, 1000))
     by_seed = {sample(logits, [draw(0, seed=seed, temperature=1.0)])[0].token_id for seed in range(40)}

@@ -6,6 +6,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
+
+from layercast_agent.engine.attention import BatchPlan, Span
 
 LENGTHS = (13, 1, 7, 30, 2, 18)
 COUNT = 8
@@ -40,6 +43,34 @@ def test_chunked_prefill(tiny: Any, families: ModuleType, chunk: int) -> None:
     assert families.answer(engine, families.sequence(prompt, COUNT)) == tiny.expected(prompt, COUNT)
 
 
+def test_logits(tiny: Any, families: ModuleType) -> None:
+    """Not only which token is best: what logprobs and sampling see is right, too."""
+    prompt = families.prompts([21])[0]
+    expected = tiny.judge(torch.tensor([prompt])).logits[0].detach()
+    kv = tiny.engine()._kv
+    with torch.inference_mode():
+        hidden = tiny.model.embed(torch.tensor(prompt))
+        batch = BatchPlan.of(kv, [Span(start=0, count=21, pages=kv.allocator.allocate(6))])
+        logits = tiny.model.logits(tiny.model.run_layers(0, tiny.layers, hidden, batch))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_scattered_pages(tiny: Any, families: ModuleType) -> None:
+    """Pages that do not lie behind each other are gathered."""
+    prompt = families.prompts([23])[0]
+    engine = tiny.engine(pages=20, step_tokens_max=9)
+    allocator = engine._kv.allocator
+    single = [allocator.allocate(1) for _ in range(20)]
+    for pages in single[1::2]:
+        allocator.free(pages)
+    seq = families.sequence(prompt, COUNT)
+    engine.add(seq)
+    events = engine.step()
+    assert seq.pages == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert families.tokens(events + families.run(engine)) == tiny.expected(prompt, COUNT)
+
+
 def test_every_split_of_a_handoff(tiny: Any, families: ModuleType) -> None:
     """k layers here, the rest there: for every k, beside a request that decodes there meanwhile."""
     prompt, company = families.prompts([23, 9])
@@ -63,27 +94,25 @@ def test_every_split_of_a_handoff(tiny: Any, families: ModuleType) -> None:
         assert families.tokens(events, "company") == tiny.expected(company, COUNT + 4)
 
 
-def test_layers_gather_between_steps(tiny: Any, families: ModuleType) -> None:
+@pytest.mark.parametrize("budget", [3, 9, 64])
+def test_layers_gather_between_steps(tiny: Any, families: ModuleType, budget: int) -> None:
     """Waiting requests of different k join running ones, in one step and in small chunks."""
     prompts = families.prompts([11, 17, 5, 26, 8])
-    for budget in (3, 9, 64):
-        engine = tiny.engine(step_tokens_max=budget, batch_size_max=3)
-        sequences = [
-            families.sequence(prompt, COUNT, name=f"r{index}", arrived_at=index)
-            for index, prompt in enumerate(prompts)
-        ]
-        for seq in sequences:
-            engine.add(seq)
-        events = engine.step()
-        for _ in range(3 * tiny.layers):
-            waiting = [seq for seq in engine.waiting if seq.layers_done < tiny.layers]
-            for place, seq in enumerate(waiting):
-                if place % 2 == 0:
-                    engine.run_layer(seq)
-            events += engine.step()
-        events += families.run(engine)
-        for index, prompt in enumerate(prompts):
-            assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT), f"budget={budget}"
+    engine = tiny.engine(step_tokens_max=budget, batch_size_max=3)
+    for index, prompt in enumerate(prompts):
+        engine.add(families.sequence(prompt, COUNT, name=f"r{index}", arrived_at=index))
+    events = engine.step()
+    gathered = set()
+    for _ in range(3 * tiny.layers):
+        for seq in engine.waiting[::2]:
+            if seq.layers_done < tiny.layers:
+                engine.run_layer(seq)
+                gathered.add(seq.layers_done)
+        events += engine.step()
+    assert gathered == set(range(1, tiny.layers + 1))
+    events += families.run(engine)
+    for index, prompt in enumerate(prompts):
+        assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT)
 
 
 def test_replay_continues_greedily(tiny: Any, families: ModuleType) -> None:

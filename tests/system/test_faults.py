@@ -19,7 +19,7 @@ PROMPTS = [
     for number in range(1, 13)
 ]
 MAX_TOKENS = 12
-LINK_BYTES_PER_S = 5_000_000
+LINK_BYTES_PER_S = 3_000_000
 CPU_SHARE = 0.08
 
 
@@ -48,10 +48,18 @@ async def _wait(cluster: LocalCluster, **arguments: object) -> ServiceStatus:
 
 
 @pytest.mark.parametrize(
-    "role", ["source", "target", "agent of the source", "agent of the target", "operator"]
+    ("role", "number"),
+    [
+        pytest.param("source", signal.SIGKILL, id="source"),
+        pytest.param("target", signal.SIGKILL, id="target"),
+        pytest.param("agent of the source", signal.SIGKILL, id="agent-of-the-source"),
+        pytest.param("agent of the target", signal.SIGKILL, id="agent-of-the-target"),
+        pytest.param("operator", signal.SIGKILL, id="operator"),
+        pytest.param("source", signal.SIGSTOP, id="source-hangs"),
+    ],
 )
 async def test_a_death_in_the_middle_of_a_scale_up(
-    model_folder: Path, start_cluster: StartCluster, role: str
+    model_folder: Path, start_cluster: StartCluster, role: str, number: signal.Signals
 ) -> None:
     # Recommend: the test itself says when to scale, by spec.replicas, as `layercast scale` does.
     document = service(model_folder, scaling={"min": 1, "max": 3, "mode": "Recommend", "policy": "live"})
@@ -69,7 +77,7 @@ async def test_a_death_in_the_middle_of_a_scale_up(
                 what="have a replica in the middle of its load",
             )
             victim = _victim(role, status)
-            cluster.kill(victim, signal.SIGKILL)
+            cluster.kill(victim, number)
             assert await under_way == reference * 3
             after = await _wait(
                 cluster,

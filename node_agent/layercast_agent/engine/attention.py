@@ -81,9 +81,9 @@ class BatchPlan:
     def _reading(self, span: Span, window: int | None) -> _Reading:
         # A token sees itself and the window - 1 tokens before it: keys before the first token's window are not read.
         first = 0 if window is None else max(0, span.start + 1 - window)
-        slots = _in_one_run(span, self.kv.page_size, first) or self.kv.slots(span.pages, first, span.stop).to(
-            self.kv.device
-        )
+        slots: slice | torch.Tensor | None = _in_one_run(span, self.kv.page_size, first)
+        if slots is None:
+            slots = self.kv.slots(span.pages, first, span.stop).to(self.kv.device)
         windowed = window is not None and span.count > 1 and span.stop - first > window
         if span.count == 1 or (span.start == 0 and not windowed):
             return _Reading(slots=slots, mask=None, causal=span.count > 1)
@@ -122,7 +122,7 @@ def paged_attention(
     """transformers' attention interface: q [1, H, T, D], k and v [1, Hkv, T, D] to ([1, T, H, D], None).
 
     Only the `sliding_window` argument counts, not the module's attribute, which some families set on layers that
-    see everything. `attention_mask` is not used: the plan knows better.
+    see everything. `s_aux` are the attention sinks. `attention_mask` is not used: the plan knows better.
     """
     plan = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
@@ -130,7 +130,7 @@ def paged_attention(
     scoring = _Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         softcap=softcap,
-        sinks=kwargs.get("s_aux", getattr(module, "sinks", None)),
+        sinks=kwargs.get("s_aux"),
     )
     attend = _fused if scoring.plain else _explicit
     keys, values = plan.kv.by_head(layer)
