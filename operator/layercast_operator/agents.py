@@ -7,6 +7,7 @@ gRPC exception ends here as an AgentCallError.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from collections.abc import Awaitable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
@@ -42,8 +43,9 @@ from layercast_operator.snapshot import (
 _T = TypeVar("_T")
 
 CALL_DEADLINE_S = 5.0
-# StartReplica builds the model and allocates its memory before it answers.
-START_DEADLINE_S = 30.0
+# StartReplica builds the model and allocates its memory before it answers; StopReplica waits for peers that read.
+START_DEADLINE_S = 65.0
+STOP_DEADLINE_S = 35.0
 
 _CHANNEL_OPTIONS = (
     # An agent that was restarted must be found again in a moment, not after gRPC's two minutes.
@@ -127,7 +129,7 @@ class AgentCalls:
                 call = stub.DrainReplica(drain, timeout=CALL_DEADLINE_S)
             case StopReplica():
                 stop = pb.StopReplicaRequest(replica_id=action.replica_id)
-                call = stub.StopReplica(stop, timeout=CALL_DEADLINE_S)
+                call = stub.StopReplica(stop, timeout=STOP_DEADLINE_S)
             case _:
                 assert_never(action)
         await _answer(action.node, call)
@@ -248,7 +250,8 @@ def _replica_of(replica: pb.Replica, node: str) -> Replica:
         node=node,
         device_id=replica.device_id,
         state=_REPLICA_STATES.get(replica.state, ReplicaState.FAILED),
-        peer=_peer_of(replica.peer),
+        # Right after its start an agent may not know the worker's addresses yet.
+        peer=dataclasses.replace(_peer_of(replica.peer), peer_id=replica.replica_id),
         layers_resident=replica.layers_resident,
         layers_total=replica.layers_total,
         transfer=_transfer_of(replica.transfer) if replica.HasField("transfer") else None,

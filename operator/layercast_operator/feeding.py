@@ -36,7 +36,7 @@ def holders_of(snapshot: Snapshot, digest: str) -> list[Holder]:
         if not node.fresh:
             continue
         for replica in node.replicas:
-            if replica.digest == digest and replica.complete and not replica.pending:
+            if replica.digest == digest and replica.complete and replica.peer.address:
                 found.append(_device_holder(node, replica))
         for checkpoint in node.checkpoints:
             if checkpoint.digest != digest:
@@ -115,7 +115,8 @@ def feed(
 def _need(replica: Replica, snapshot: Snapshot, model: str) -> str:
     """Why a replica wants a (new) transfer; empty when it does not."""
     node = snapshot.node(replica.node)
-    if not replica.arriving or replica.pending or node is None or not node.fresh:
+    # Without an address it could not be anybody's upstream: it is planned for when it has one, a moment later.
+    if not replica.arriving or not replica.peer.address or node is None or not node.fresh:
         return ""
     transfer = replica.transfer
     if transfer is None:
@@ -142,7 +143,7 @@ def _is_gone(upstream: str, snapshot: Snapshot, model: str) -> bool:
 
 def _target(replica: Replica, snapshot: Snapshot) -> Target | None:
     node = snapshot.node(replica.node)
-    if node is None or not node.fresh or replica.pending:
+    if node is None or not node.fresh or not replica.peer.address:
         return None
     return Target(peer=replica.peer, node=node.name, leaf=node.leaf, nic_bytes_per_s=nic_bytes_per_s(node))
 
@@ -153,7 +154,7 @@ def _live_sources(replicas: Sequence[Replica], snapshot: Snapshot) -> list[Repli
         r
         for r in replicas
         if r.state is ReplicaState.SERVING
-        and not r.pending
+        and r.peer.address
         and (node := snapshot.node(r.node)) is not None
         and node.fresh
     ]

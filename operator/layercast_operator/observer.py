@@ -22,6 +22,7 @@ from layercast_operator.snapshot import Node, NodeHealth, Snapshot
 _LOG = logging.getLogger(__name__)
 
 SCRAPE_BYTES_MAX = 8 << 20
+SOON_S = 0.02
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,9 +132,16 @@ class Observer:
                 # A bug of ours must not blind us for a node; what is known of it grows old meanwhile.
                 _LOG.exception("a poll ended by an exception", extra={"node": name})
             try:
-                await asyncio.wait_for(watch.soon.wait(), self.limits.poll_s)
+                await asyncio.wait_for(watch.soon.wait(), self._pause_s(watch))
             except TimeoutError:
                 continue
+
+    def _pause_s(self, watch: _Watch) -> float:
+        """Shorter while a replica has no address yet: its transfer, and so its first token, waits for that."""
+        incomplete = watch.node is not None and any(
+            not r.peer.address for r in watch.node.replicas if r.active
+        )
+        return min(self.limits.poll_s, SOON_S) if incomplete else self.limits.poll_s
 
     async def _poll(self, name: str, watch: _Watch) -> None:
         asked_at = self.clock()

@@ -1,8 +1,9 @@
 """Which devices get the next replicas, and which node prepares a checkpoint: pure, with reasons.
 
-A device qualifies when its worker is warm and idle and the parameters fit. Among those, the one whose parameters
-arrive soonest wins (ServerlessLLM, OSDI'24: start-up-time-optimised placement), estimated over the
-three ways they can come: from a peer, from the node's own disk, from the origin.
+A device qualifies when its worker is idle, or about to be warm, and the parameters fit. Among those, the one whose
+parameters are there soonest wins (ServerlessLLM, OSDI'24: start-up-time-optimised placement), estimated over the
+three ways they can come: from a peer, from the node's own disk, from the origin. A device that is still warming
+may win and is waited for: seconds of patience beside a local copy can be shorter than a slow network.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from layercast_operator.snapshot import Node, Snapshot
 # A hub or an object store over the internet; only ranks "nobody near has it" last.
 ASSUMED_ORIGIN_BYTES_PER_S = 50e6
 
+# What a worker that is not warm yet still needs: imports and first kernels, about half of them behind it.
+ASSUMED_WARMING_S = 3.0
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
@@ -31,6 +35,8 @@ class Place:
     device_id: str
     predicted_s: float
     why: str
+    ready: bool = True
+    """False for a device that is warming: it is worth waiting for, and nothing can be started on it now."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +45,8 @@ class Placements:
 
     places: tuple[Place, ...]
     missing: str
+    warming: int = 0
+    """Devices that are waited for."""
 
 
 def nic_bytes_per_s(node: Node) -> float:
@@ -75,7 +83,7 @@ def place_replicas(
     avoid: Collection[str],
     taken: Collection[tuple[str, str]] = (),
 ) -> Placements:
-    """Up to `count` idle devices, soonest parameters first.
+    """Up to `count` devices, soonest parameters first; those that are only worth waiting for are in `missing`.
 
     `avoid` names nodes that are in back-off, `taken` (node, device) pairs promised in this pass.
     """
@@ -88,10 +96,12 @@ def place_replicas(
         best = min(offers, key=lambda offer: offer[0])[1]
         chosen.append(best)
         used.add((best.node, best.device_id))
-    missing = ""
-    if len(chosen) < count:
+    waited = [f"{place.device_id} of {place.node}, which is warming" for place in chosen if not place.ready]
+    missing = f"waits for {' and '.join(waited)}" if waited else ""
+    if not missing and len(chosen) < count:
         missing = _missing(snapshot, used, avoid, checkpoint_bytes)
-    return Placements(places=tuple(chosen), missing=missing)
+    ready = tuple(place for place in chosen if place.ready)
+    return Placements(places=ready, missing=missing, warming=len(waited))
 
 
 def _offers(
@@ -109,14 +119,20 @@ def _offers(
         seconds, way = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders)
         crowd = sum(1 for d in node.devices if d.replica_id or (node.name, d.device_id) in used)
         for device in node.devices:
-            if not device.idle or (node.name, device.device_id) in used:
+            if not (device.idle or device.warming) or (node.name, device.device_id) in used:
                 continue
             if device.memory_bytes < checkpoint_bytes:
                 continue
-            why = f"parameters in about {seconds:.1f} s {way}"
-            place = Place(node=node.name, device_id=device.device_id, predicted_s=seconds, why=why)
+            there_s = seconds if device.idle else seconds + ASSUMED_WARMING_S
+            place = Place(
+                node=node.name,
+                device_id=device.device_id,
+                predicted_s=there_s,
+                why=f"parameters in about {there_s:.1f} s {way}",
+                ready=device.idle,
+            )
             # Tenths of a second: a difference below that is noise, and spreading over nodes is worth more.
-            offers.append(((round(seconds, 1), crowd, node.name, device.device_id), place))
+            offers.append(((round(there_s, 1), crowd, node.name, device.device_id), place))
     return offers
 
 

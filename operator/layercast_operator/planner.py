@@ -251,7 +251,7 @@ def _outdated(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica])
             avoid=resting(given.memory.start_backoffs, given.snapshot.at),
             taken=given.taken,
         )
-        count = 0 if room.places else 1
+        count = 0 if room.places or room.warming else 1
     return _victims(old, count)
 
 

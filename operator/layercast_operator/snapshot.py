@@ -149,6 +149,11 @@ class Device:
         """A replica can be started on it now."""
         return self.worker_state is WorkerState.IDLE and not self.replica_id and not self.error
 
+    @property
+    def warming(self) -> bool:
+        """It will be idle soon."""
+        return self.worker_state is WorkerState.WARMING and not self.replica_id and not self.error
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:

@@ -64,7 +64,10 @@ def test_all_places_are_different_and_the_lack_is_explained(seen: Snapshot) -> N
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"devices": device(worker_state=WorkerState.WARMING)}, "1 warming"),
+        (
+            {"devices": device(worker_state=WorkerState.WARMING)},
+            "waits for cpu:0 of node-1, which is warming",
+        ),
         ({"devices": device(worker_state=WorkerState.DEAD)}, "1 dead"),
         ({"devices": device(error="no driver")}, "1 broken (no driver)"),
         ({"devices": device(memory_bytes=799)}, "1 too small (the parameters take 0 MB)"),
@@ -131,3 +134,17 @@ def test_no_device_is_promised_twice(worlds: Any, count: int, silent: set[int], 
     assert len(chosen) == len(set(chosen)) <= count
     assert len(chosen) == min(count, 2 * (nodes - len(silent & set(range(nodes)))))
     assert bool(got.missing) == (len(chosen) < count)
+
+
+def test_a_warming_device_beside_the_copy_is_worth_waiting_for(seen: Snapshot) -> None:
+    slow = change(seen, 0, devices=device(worker_state=WorkerState.WARMING), egress_bytes_per_s=80)
+    got = place(slow, 1)
+    assert (got.places, got.warming) == ((), 1)
+    assert got.missing == "waits for cpu:0 of node-0, which is warming"
+
+
+def test_a_warming_device_is_not_waited_for_where_the_network_is_faster(seen: Snapshot) -> None:
+    fast = change(seen, 0, devices=device(worker_state=WorkerState.WARMING), egress_bytes_per_s=8000)
+    got = place(fast, 1)
+    assert [p.node for p in got.places] == ["node-1"]
+    assert (got.warming, got.missing) == (0, "")

@@ -71,6 +71,7 @@ def _pickle(folder: Path) -> None:
     ],
 )
 async def test_a_model_that_cannot_be_served_says_why(
+    *,
     model_folder: Path,
     tmp_path: Path,
     start_cluster: StartCluster,
