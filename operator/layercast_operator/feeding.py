@@ -23,7 +23,7 @@ from layercast_operator.multicast import (
 )
 from layercast_operator.placement import disk_bytes_per_s, nic_bytes_per_s
 from layercast_operator.snapshot import Node, NodeHealth, Replica, ReplicaState, Snapshot
-from layercast_operator.state import Resolved
+from layercast_operator.state import Feed, Resolved
 
 # The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
 REPLACE_AFTER_MS = 1000
@@ -80,16 +80,17 @@ def feed(
     resolved: Resolved,
     replicas: Sequence[Replica],
     live_sources: Mapping[str, str],
+    feeds: Mapping[str, Feed],
 ) -> tuple[list[Action], str]:
     """Transfers for the replicas that need one, and who cannot be fed now."""
-    hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name))}
+    hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name, feeds))}
     if not hungry:
         return [], ""
     by_id = {replica.replica_id: replica for replica in replicas}
     running = [
-        Running(target=target, upstream=r.transfer.upstream)
+        Running(target=target, upstream=_upstream(r, feeds))
         for r in replicas
-        if r.arriving and r.transfer is not None and r.replica_id not in hungry
+        if r.arriving and r.replica_id not in hungry
         if (target := _target(r, snapshot)) is not None
     ]
     sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
@@ -112,7 +113,14 @@ def feed(
     return actions, unfed
 
 
-def _need(replica: Replica, snapshot: Snapshot, model: str) -> str:
+def _upstream(replica: Replica, feeds: Mapping[str, Feed]) -> str:
+    """Whom a replica reads from, or was told to a moment ago; empty when neither is known."""
+    shown = replica.transfer.upstream if replica.transfer is not None else ""
+    told = feeds.get(replica.replica_id)
+    return shown or (told.upstream if told is not None else "")
+
+
+def _need(replica: Replica, snapshot: Snapshot, model: str, feeds: Mapping[str, Feed]) -> str:
     """Why a replica wants a (new) transfer; empty when it does not."""
     node = snapshot.node(replica.node)
     # Without an address it could not be anybody's upstream: it is planned for when it has one, a moment later.
@@ -120,7 +128,9 @@ def _need(replica: Replica, snapshot: Snapshot, model: str) -> str:
         return ""
     transfer = replica.transfer
     if transfer is None:
-        return "nothing feeds it yet"
+        told = feeds.get(replica.replica_id)
+        under_way = told is not None and snapshot.at - told.at < REPLACE_AFTER_MS / 1000
+        return "" if under_way else "nothing feeds it yet"
     if snapshot.at * 1000 - transfer.generation < REPLACE_AFTER_MS:
         return ""
     if transfer.stalled:

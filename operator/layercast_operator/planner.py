@@ -80,6 +80,7 @@ def plan(given: PlanInput) -> Plan:
         resolved=resolved,
         replicas=stays,
         live_sources=given.memory.live_sources,
+        feeds=given.memory.feeds,
     )
     actions += fed
     return Plan(actions=tuple(actions), blocked="; ".join(filter(None, (blocked, missing, unfed))))

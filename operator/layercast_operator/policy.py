@@ -173,9 +173,7 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
     else:
         lows.append(queue.low)
         highs.append(queue.high)
-        rate = given.prefill_tokens_per_s or 0
-        text = f"{demand.prompt_tokens_waiting:.0f} prompt tokens wait at {rate:.0f} tokens/s a replica"
-        why.append((queue.low, Rule.QUEUE, f"{text}: {_span(queue)}"))
+        why.append((queue.low, Rule.QUEUE, _queue_words(given, demand, queue)))
     if given.kv is None:
         unknown.append("the KV use of a replica is unknown")
     elif given.kv.used:
@@ -203,6 +201,13 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
         reason=reason,
         unknown="; ".join(unknown),
     )
+
+
+def _queue_words(given: PolicyInput, demand: Demand, queue: ReplicaBand) -> str:
+    if demand.prompt_tokens_waiting <= 0:
+        return "no prompt tokens wait"
+    text = f"{demand.prompt_tokens_waiting:.0f} prompt tokens wait"
+    return f"{text} at {given.prefill_tokens_per_s or 0:.0f} tokens/s a replica: {_span(queue)}"
 
 
 def _span(band: ReplicaBand) -> str:

@@ -106,6 +106,14 @@ class ConditionMemory:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Feed:
+    """A transfer that was asked for: the first upstream, and when (seconds since the epoch)."""
+
+    upstream: str
+    at: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ModelMemory:
     """What is remembered of one model."""
 
@@ -123,6 +131,8 @@ class ModelMemory:
     prepare_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
     start_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
     live_sources: Mapping[str, str] = field(default_factory=dict)
+    feeds: Mapping[str, Feed] = field(default_factory=dict)
+    """Who was told to read from whom, by target; what an agent shows of it follows a moment later."""
     """Live target to the replica whose queue it shares."""
     errors: tuple[RecentError, ...] = ()
     refused_until: float = 0.0
@@ -168,6 +178,7 @@ def observe(memory: ModelMemory, model: ModelService, snapshot: Snapshot) -> Mod
             n: b for n, b in memory.prepare_backoffs.items() if not _is_ready(snapshot, n, model.model.key)
         },
         live_sources={t: s for t, s in memory.live_sources.items() if t in ids},
+        feeds={t: feed for t, feed in memory.feeds.items() if t in ids},
         errors=tuple(error for error in memory.errors if now - error.at < ERROR_AGE_MAX_S),
     )
 
@@ -280,7 +291,7 @@ def after_actions(
             case StartReplica():
                 memory = _with_started(memory, action, policy, now)
             case StartTransfer():
-                memory = _with_transfer(memory, action)
+                memory = _with_transfer(memory, action, now)
             case StopReplica(failed=True):
                 text = f"{action.node}: {action.replica_id}: {action.why}"
                 error = RecentError(at=now, node=action.node, text=text, refused=False)
@@ -316,7 +327,7 @@ def _with_started(memory: ModelMemory, action: StartReplica, policy: ScalePolicy
     return replace(memory, scales=(*memory.scales, record)[-SCALES_MAX:])
 
 
-def _with_transfer(memory: ModelMemory, action: StartTransfer) -> ModelMemory:
+def _with_transfer(memory: ModelMemory, action: StartTransfer, now: float) -> ModelMemory:
     upstream = action.upstreams[0]
     source = action.node if upstream is None else upstream.peer_id
     scales = tuple(
@@ -331,7 +342,8 @@ def _with_transfer(memory: ModelMemory, action: StartTransfer) -> ModelMemory:
     live_sources = {t: s for t, s in memory.live_sources.items() if t != action.replica_id}
     if action.live_source is not None:
         live_sources[action.replica_id] = action.live_source.peer_id
-    return replace(memory, scales=scales, live_sources=live_sources)
+    feeds = {**memory.feeds, action.replica_id: Feed(upstream=source, at=now)}
+    return replace(memory, scales=scales, live_sources=live_sources, feeds=feeds)
 
 
 def after_error(memory: ModelMemory, action: Action, *, code: str, text: str, now: float) -> ModelMemory:

@@ -65,6 +65,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
     conditions = _conditions(model, snapshot, turn, counts)
     memory = replace(memory, conditions=_changed(conditions, memory.conditions, snapshot.at))
     scales = [scale_json(record) for record in memory.scales]
+    sources = {r.replica_id: r.source for record in memory.scales for r in record.replicas}
     advice = turn.recommendation
     status: dict[str, Any] = {
         "name": model.name,
@@ -76,7 +77,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
             "draining": counts.draining,
         },
         "conditions": _condition_list(conditions, memory.conditions, model.generation),
-        "replicaStatus": [_replica(r) for r in replicas[:REPLICAS_LISTED_MAX]],
+        "replicaStatus": [_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
         "lastScale": scales[-1] if scales else None,
         "scales": scales,
         "recommendation": None
@@ -302,8 +303,10 @@ def _condition_list(
     ]
 
 
-def _replica(replica: Replica) -> dict[str, Any]:
+def _replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, Any]:
+    """One entry of `replicaStatus`. A replica that is complete has no upstream any more: then the one it had."""
     transfer = replica.transfer
+    upstream = transfer.upstream if transfer is not None else ""
     return {
         "replicaId": replica.replica_id,
         "node": replica.node,
@@ -311,7 +314,7 @@ def _replica(replica: Replica) -> dict[str, Any]:
         "state": replica.state.value,
         "layersResident": replica.layers_resident,
         "layersTotal": replica.layers_total,
-        "source": transfer.upstream if transfer is not None else "",
+        "source": upstream or sources.get(replica.replica_id, ""),
         "bytesPerSecond": transfer.bytes_per_s if transfer is not None else 0,
         "doneBytes": transfer.done_bytes if transfer is not None else 0,
         "totalBytes": transfer.total_bytes if transfer is not None else 0,

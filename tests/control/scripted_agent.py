@@ -32,6 +32,9 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
         self.requests: list[Any] = []
         self.refuse: dict[str, tuple[grpc.StatusCode, str]] = {}
         self.memory_bytes = 100_000
+        # Answers after StartReplica in which the worker's addresses are not known yet, as with the real agent.
+        self.blank_answers = 2
+        self._blank: dict[str, int] = {}
         self._server: grpc.aio.Server | None = None
 
     async def start(self, port: int = 0) -> None:
@@ -76,11 +79,22 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
                 )
             ],
             checkpoints=list(self.checkpoints.values()),
-            replicas=list(self.replicas.values()),
+            replicas=[self._shown(replica) for replica in self.replicas.values()],
             egress_bytes_per_s=10_000,
             disk_bytes_per_s=10_000,
             leaf="local",
         )
+
+    def _shown(self, replica: pb.Replica) -> pb.Replica:
+        left = self._blank.get(replica.replica_id, 0)
+        if not left:
+            return replica
+        self._blank[replica.replica_id] = left - 1
+        blank = pb.Replica()
+        blank.CopyFrom(replica)
+        blank.ClearField("peer")
+        blank.ClearField("transfer")
+        return blank
 
     async def PrepareCheckpoint(self, request: Any, context: Any) -> pb.PrepareCheckpointResponse:
         await self._note(request, context)
@@ -109,6 +123,7 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
         )
         replica.timeline.assigned_at.GetCurrentTime()
         self.replicas[request.replica_id] = replica
+        self._blank[request.replica_id] = self.blank_answers
         return pb.StartReplicaResponse(device_id="cpu:0")
 
     async def StartTransfer(self, request: Any, context: Any) -> pb.StartTransferResponse:

@@ -26,6 +26,7 @@ class Bench:
     def __init__(self, wire: Any) -> None:
         self.now = 100.0
         self.agent = wire.ScriptedAgent("n")
+        self.agent.blank_answers = 0
         self.calls = AgentCalls()
         self.polls: list[str] = []
         self.executor = Executor(

@@ -54,17 +54,18 @@ def service(folder: Path, **spec: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def start_cluster(tmp_path: Path) -> Iterator[StartCluster]:
+def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartCluster]:
     """Starts a local cluster on a folder of its own; the log of every process is shown when the test fails."""
+    folder = tmp_path_factory.mktemp("lc")  # short: Unix sockets lie in it
 
     @contextmanager
     def start(document: dict[str, Any], **settings: Any) -> Iterator[LocalCluster]:
-        wanted = ClusterSettings(state_dir=tmp_path / "cluster", services=(document,), **settings)
+        wanted = ClusterSettings(state_dir=folder, services=(document,), **settings)
         with LocalCluster(wanted) as cluster:
             yield cluster
 
     yield start
-    for log in sorted((tmp_path / "cluster").rglob("*.log")):
+    for log in sorted(folder.rglob("*.log")):
         print(f"=== {log.name}\n{log.read_text()[-6000:]}")
 
 

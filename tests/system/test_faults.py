@@ -89,7 +89,7 @@ async def test_a_death_in_the_middle_of_a_scale_up(
             assert await answers(client, PROMPTS, max_tokens=MAX_TOKENS) == reference
 
 
-async def test_the_wire_of_a_scale_up_that_nobody_disturbs(
+async def test_a_scale_up_that_nobody_disturbs_is_a_live_chain(
     model_folder: Path, start_cluster: StartCluster
 ) -> None:
     document = service(model_folder, scaling={"min": 1, "max": 3, "mode": "Recommend", "policy": "live"})

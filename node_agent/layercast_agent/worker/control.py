@@ -144,7 +144,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         running = replica.runner
         if running is not None and running.status().transfer_id != request.transfer.transfer_id:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another transfer runs")
-        replica.begin_transfer(request.transfer, _upstreams(request))
+        upstreams = _upstreams(request)
+        if not upstreams:
+            await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a transfer needs an upstream")
+        replica.begin_transfer(request.transfer, upstreams)
         return pb.BeginTransferResponse()
 
     async def BeginDrain(

@@ -64,6 +64,7 @@ class Replica:
         self.error = ""
         self.timeline = Timeline(assigned_at=time.time())
         self.runner: TransferRunner | None = None
+        self.preferred_upstream = ""
         self.handoffs_given = 0
         self.handoffs_taken = 0
         self._host = host
@@ -97,8 +98,10 @@ class Replica:
         """Starts the transfer, or gives a running one better upstreams."""
         if self.runner is not None:
             if request.generation > self.runner.status().generation:
+                self.preferred_upstream = upstreams[0].peer_id
                 self.runner.replace_upstreams(upstreams, request.generation)
             return
+        self.preferred_upstream = upstreams[0].peer_id
         self.runner = TransferRunner(
             transfer_id=request.transfer_id,
             manifest=self.memory.manifest,

@@ -33,7 +33,8 @@ def replica_status(replica: Replica, host: WorkerHost) -> agent_pb2.Replica:
             agent_pb2.Transfer(
                 transfer_id=transfer.transfer_id,
                 generation=transfer.generation,
-                upstream=transfer.upstream,
+                # Before the first connection: whom it will ask, so that a planner can put others behind it.
+                upstream=transfer.upstream or ("" if transfer.stalled else replica.preferred_upstream),
                 done_bytes=transfer.done_bytes,
                 total_bytes=transfer.total_bytes,
                 bytes_per_s=transfer.bytes_per_s,

@@ -409,7 +409,9 @@ class Transfer(_message.Message):
     generation: _builtins.int
     """As given by StartTransfer."""
     upstream: _builtins.str
-    """Peer id of the current upstream."""
+    """Peer id of the current upstream; before the first connection, of the one
+    that will be asked first. Empty when stalled.
+    """
     done_bytes: _builtins.int
     """Verified bytes."""
     total_bytes: _builtins.int
