@@ -184,7 +184,7 @@ def test_engines_on_two_threads_do_not_mix(llama: Any, gemma: Any, families: Mod
 
 @pytest.mark.slow
 def test_smollm2(smollm2_folder: Path, families: ModuleType) -> None:
-    """The real model in fp32: a batch in chunks, and handoffs at several layers, against generate."""
+    """The real model in fp32: a batch in chunks of three sizes, and a handoff at every layer, against generate."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -199,14 +199,15 @@ def test_smollm2(smollm2_folder: Path, families: ModuleType) -> None:
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     texts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a fox who"]
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-    engine = tiny.engine(step_tokens_max=8, page_size=16, pages=32)
-    for index, prompt in enumerate(prompts):
-        engine.add(families.sequence(prompt, 6, name=f"r{index}", arrived_at=index))
-    events = families.run(engine)
-    for index, prompt in enumerate(prompts):
-        assert families.tokens(events, f"r{index}") == tiny.expected(prompt, 6)
-    assert "Paris" in tokenizer.decode(families.tokens(events, "r0"))
-    for k in (0, 1, 17, 30):
+    for step_tokens_max in (3, 8, 64):
+        engine = tiny.engine(step_tokens_max=step_tokens_max, page_size=16, pages=32)
+        for index, prompt in enumerate(prompts):
+            engine.add(families.sequence(prompt, 6, name=f"r{index}", arrived_at=index))
+        events = families.run(engine)
+        for index, prompt in enumerate(prompts):
+            assert families.tokens(events, f"r{index}") == tiny.expected(prompt, 6)
+        assert "Paris" in tokenizer.decode(families.tokens(events, "r0"))
+    for k in range(config["num_hidden_layers"] + 1):
         giver, taker = tiny.engine(), tiny.engine()
         seq = families.sequence(prompts[2], 6)
         giver.add(seq)
