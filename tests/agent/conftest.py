@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib.util
 import inspect
 import shutil
 import sys
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -85,13 +85,8 @@ def eventually() -> Eventually:
 
 
 @pytest.fixture(scope="session")
-def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def tiny_model(tinymodels: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random two-layer Llama as a Hugging Face folder."""
-    path = Path(__file__).parent.parent / "tinymodels.py"
-    spec = importlib.util.spec_from_file_location("tinymodels", path)
-    assert spec is not None and spec.loader is not None
-    tinymodels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tinymodels)
     return Path(tinymodels.make(tmp_path_factory.mktemp("model") / "tiny", "llama", layers=2))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from types import ModuleType
 
@@ -12,16 +11,6 @@ from layercast_agent.store import Progress, Store
 
 TESTS = Path(__file__).resolve().parent.parent
 CHUNK_BYTES = 4096  # small, so that tiny models have many chunks
-
-
-@pytest.fixture(scope="session")
-def tinymodels() -> ModuleType:
-    """tests/tinymodels.py, which is no package's member."""
-    spec = importlib.util.spec_from_file_location("tinymodels", TESTS / "tinymodels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, contextmanager
 from pathlib import Path
@@ -16,25 +15,16 @@ import pytest
 from layercast_cli.local import LocalCluster
 from layercast_cli.programs import ClusterSettings
 
-TESTS = Path(__file__).resolve().parents[1]
 MODEL = "tiny"
 
 StartCluster = Callable[..., AbstractContextManager[LocalCluster]]
 
 
-def load_tinymodels() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tinymodels", TESTS / "tinymodels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model_folder(tinymodels: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty megabytes in eight layers: enough for a load over a slow link to take seconds."""
     folder = tmp_path_factory.mktemp("model") / "hf"
-    made: Path = load_tinymodels().make(folder, "llama", layers=8, hidden=256)
+    made: Path = tinymodels.make(folder, "llama", layers=8, hidden=256)
     return made
 
 

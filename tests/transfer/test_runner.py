@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -276,13 +275,8 @@ def test_sizes_and_orders_that_do_not_fit_are_refused_before_anything_starts(che
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> Path:
+def packed(tinymodels: ModuleType, tmp_path: Path) -> Path:
     """The folder of a packed tiny model."""
-    path = Path(__file__).resolve().parent.parent / "tinymodels.py"
-    spec = importlib.util.spec_from_file_location("tinymodels", path)
-    assert spec is not None and spec.loader is not None
-    tinymodels = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(tinymodels)
     source = tinymodels.make(tmp_path / "source", "llama", layers=2)
     store = Store(tmp_path / "store", chunk_bytes=4096)
     manifest = store.prepare(

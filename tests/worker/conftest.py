@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import importlib.util
 import os
 import signal
 import subprocess
@@ -25,16 +24,7 @@ from layercast.worker.v1alpha1 import worker_pb2, worker_pb2_grpc
 from layercast_agent.layout import Manifest
 from layercast_agent.store import Store
 
-TESTS = Path(__file__).resolve().parents[1]
 START_DEADLINE_S = 60.0
-
-
-def load_tinymodels() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("tinymodels", TESTS / "tinymodels.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,9 +38,9 @@ class Packed:
 
 
 @pytest.fixture(scope="session")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Packed:
+def packed(tinymodels: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Packed:
     root = tmp_path_factory.mktemp("tiny")
-    source = load_tinymodels().make(root / "hf", "llama", layers=6, hidden=256)
+    source = tinymodels.make(root / "hf", "llama", layers=6, hidden=256)
     store = Store(root / "store")
     manifest = store.prepare(
         key="tiny", source=f"file://{source}", revision="", dtype="float32", progress=lambda progress: None

@@ -163,7 +163,7 @@ class RequestDesk:
 
     def tokens(self, events: list[TokenEvent]) -> None:
         """One step's tokens, on their way from the engine thread to the gateways."""
-        mine = [event for event in events if event.request_id in self.owned]
+        mine = [event for event in events if self._is_mine(event)]
         for event in mine:
             if event.request_id not in self._started:
                 self._started.add(event.request_id)
@@ -175,6 +175,11 @@ class RequestDesk:
         for event in mine:
             if event.finish is not None:
                 self.disown(event.request_id)
+
+    def _is_mine(self, event: TokenEvent) -> bool:
+        """False for a request that ended or left meanwhile, and for an attempt that was replaced."""
+        seq = self.owned.get(event.request_id)
+        return seq is not None and seq.attempt == event.attempt
 
     async def ask(self, function: Callable[[Engine], T]) -> T:
         """Runs a function on the engine thread and waits for its result."""
