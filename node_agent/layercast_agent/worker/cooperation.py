@@ -27,6 +27,7 @@ from layercast_agent.engine.sequence import Sequence
 from layercast_agent.errors import AgentError
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
+from layercast_agent.worker.engine_loop import LoopView
 from layercast_agent.worker.handoffs import HandoffShelf, fetch_state
 
 log = logging.getLogger(__name__)
@@ -58,13 +59,20 @@ class Cooperation:
     """Shares the queue of one source with any number of targets. Used on the asyncio thread only."""
 
     def __init__(
-        self, *, me: pb.Peer, token: bytes, desk: RequestDesk, shelf: HandoffShelf, busy: Callable[[], bool]
+        self,
+        *,
+        me: pb.Peer,
+        token: bytes,
+        desk: RequestDesk,
+        shelf: HandoffShelf,
+        look: Callable[[], LoopView],
     ) -> None:
         self._me = me
         self._token = token
         self._desk = desk
         self._shelf = shelf
-        self._busy = busy
+        self._look = look
+        self._taken_in_turn = -1
         self._links: dict[str, Link] = {}
         self._offers: deque[Sequence] = deque()
         self._taken_from: dict[str, str] = {}
@@ -150,19 +158,29 @@ class Cooperation:
         if not self._offers:
             return False
         if not able:
-            return await self._keep_one_when_idle()
+            return self._keep_one_when_idle()
         link = min(able, key=lambda link: (len(link.outstanding), link.peer.peer_id))
         seq = self._offers.popleft()
         if seq.request_id in self._desk.owned:
             await self._offer(link, seq)
         return True
 
-    async def _keep_one_when_idle(self) -> bool:
+    def _keep_one_when_idle(self) -> bool:
         """Targets are full: an idle source does not wait for them."""
-        if not await self._desk.ask(_idle):
+        if not self._idle():
             return False
+        self._taken_in_turn = self._look().turns
         self._keep(self._offers.popleft())
         return True
+
+    def _idle(self) -> bool:
+        """The engine has no prefill of its own: decodes alone leave room for another request's layers.
+
+        Judged by what the last turn left behind, without waiting for the next boundary; what was taken meanwhile
+        shows only in the turn after it.
+        """
+        view = self._look()
+        return view.prefilling == 0 and view.load.requests_waiting == 0 and view.turns > self._taken_in_turn
 
     async def _offer(self, link: Link, seq: Sequence) -> None:
         handoff = await self._shelve_embedding(seq)
@@ -196,7 +214,7 @@ class Cooperation:
             key=lambda link: (min(link.outstanding.values(), default=float("inf")), link.asked_at),
             default=None,
         )
-        if link is None or self._offers or self._busy() or not await self._desk.ask(_idle):
+        if link is None or self._offers or not self._idle():
             return False
         link.asked_at = time.monotonic()
         request = pb.TakeHandoffRequest(taker=self._me)
@@ -242,6 +260,7 @@ class Cooperation:
             self._desk.own(seq, layers_done=handoff.layers_done)
             self._taken_from[seq.request_id] = link.peer.peer_id
             await self._desk.ask(add)
+            self._taken_in_turn = self._look().turns
         except AgentError as error:
             log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})
             self._desk.disown(seq.request_id)
@@ -256,11 +275,6 @@ class Cooperation:
         if link is not None:
             log.info("cooperation with a target ends", extra={"target": target, "reason": reason})
             await link.channel.close()
-
-
-def _idle(engine: Engine) -> bool:
-    """No prefill of its own: decodes alone leave room for another request's layers."""
-    return engine.prefilling == 0 and not engine.waiting
 
 
 def _release_fresh(engine: Engine) -> list[Sequence]:

@@ -39,6 +39,7 @@ RATE_WINDOW_S = 2.0
 class LoopView:
     """What the last turn left behind; read by other threads without asking the engine."""
 
+    turns: int
     load: EngineLoad
     prefilling: int
     prefill_tokens_per_s: float
@@ -70,6 +71,7 @@ class EngineLoop:
         self._attached: set[int] = set()
         self._segments = layers + 2
         self._rate = 0.0
+        self._turns = 0
         self._first_layer_at: float | None = None
         self.view = self._look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -159,6 +161,7 @@ class EngineLoop:
         events = self._execute()
         if events is None:
             return called
+        self._turns += 1
         wall_s = time.monotonic() - started
         pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
         self._measure(self._prefix_computed() - prefix_before, wall_s + pause_s)
@@ -208,6 +211,7 @@ class EngineLoop:
 
     def _look(self) -> LoopView:
         return LoopView(
+            turns=self._turns,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,
             prefill_tokens_per_s=self._rate,

@@ -85,7 +85,11 @@ class Replica:
         )
         self.shelf = HandoffShelf(host.table)
         self.cooperation = Cooperation(
-            me=self._me, token=host.settings.token, desk=self.desk, shelf=self.shelf, busy=self._busy
+            me=self._me,
+            token=host.settings.token,
+            desk=self.desk,
+            shelf=self.shelf,
+            look=lambda: self.loop.view,
         )
         self.desk.divert = self.cooperation.divert
         self.desk.on_first_token = self.cooperation.first_token
@@ -316,10 +320,6 @@ class Replica:
         self.desk.refuse_new(self.error)
         log.error("the replica failed", extra={"replica": self.spec.replica_id, "reason": self.error})
         self.desk.give_back(list(self.desk.owned.values()), reason=self.error)
-
-    def _busy(self) -> bool:
-        view = self.loop.view
-        return view.prefilling > 0 or view.load.requests_waiting > 0
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)
