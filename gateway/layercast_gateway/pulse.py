@@ -23,4 +23,6 @@ class Pulse:
         if self._next is None:
             self._next = asyncio.get_running_loop().create_future()
         with suppress(TimeoutError):
-            await asyncio.wait_for(asyncio.shield(self._next), timeout_s)
+            # Not asyncio.wait_for: in Python 3.11 it loses a cancellation that comes together with the change.
+            async with asyncio.timeout(timeout_s):
+                await asyncio.shield(self._next)

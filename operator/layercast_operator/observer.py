@@ -7,6 +7,7 @@ failed, never with the operator's own silence, so an operator that was stopped f
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -131,10 +132,10 @@ class Observer:
             except Exception:
                 # A bug of ours must not blind us for a node; what is known of it grows old meanwhile.
                 _LOG.exception("a poll ended by an exception", extra={"node": name})
-            try:
-                await asyncio.wait_for(watch.soon.wait(), self._pause_s(watch))
-            except TimeoutError:
-                continue
+            # asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._pause_s(watch)):
+                    await watch.soon.wait()
 
     def _pause_s(self, watch: _Watch) -> float:
         """Shorter while a replica has no address yet: its transfer, and so its first token, waits for that."""

@@ -7,6 +7,7 @@ the operator may die at any line. What goes wrong with one model is that model's
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -80,10 +81,10 @@ class Reconciler:
             except Exception:
                 self.metrics.reconcile_errors.labels("").inc()
                 _LOG.exception("a pass ended by an exception")
-            try:
-                await asyncio.wait_for(self.wake.wait(), self.tick_s)
-            except TimeoutError:
-                continue
+            # asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the event.
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self.tick_s):
+                    await self.wake.wait()
 
     def alive(self) -> bool:
         """Passes happen."""

@@ -139,7 +139,8 @@ class Cooperation:
                 continue
             self._wake.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), POLL_S)
+                async with asyncio.timeout(POLL_S):
+                    await self._wake.wait()
         self._reclaim()
 
     def _reclaim(self) -> None:
