@@ -14,6 +14,7 @@ import random
 import statistics
 import sys
 import time
+from typing import Any
 
 from layercast_operator.multicast import (
     Holder,
@@ -65,7 +66,7 @@ def large_cluster(rng: random.Random) -> tuple[list[Holder], list[Target]]:
 def small_cluster(rng: random.Random) -> tuple[list[Holder], list[Target], list[Running]]:
     """Up to ten nodes with a few of everything anywhere: domains, NICs, KV, disks, targets on their way."""
     many_nics = rng.random() < 0.3
-    nodes = [
+    nodes: list[dict[str, Any]] = [
         {
             "node": f"n{i}",
             "leaf": rng.choice("abc"),

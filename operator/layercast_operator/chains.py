@@ -9,7 +9,7 @@ that if no chain is faster. When every NIC sends already, or a group may not for
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from layercast_operator.exits import RATE_TOLERANCE, Exit, Exits
@@ -39,6 +39,9 @@ class Chains:
     """By logical node or node: complete copies in memory, and the newest member."""
     disks: dict[str, Member] = field(default_factory=dict)
     disk_exits: dict[str, Exit] = field(default_factory=dict)
+    beside: dict[str, list[Target]] = field(default_factory=dict)
+    """Groups that wait for their turn, by the node that they are all on."""
+    placed: set[str] = field(default_factory=set)
     started: int = 0
 
 
@@ -48,9 +51,18 @@ def grow_chains(
     """Chains for `targets` from the roots of `sources`, below those that are `running`."""
     chains = Chains(closed=sources.closed, below=_descendants(running), exits=Exits(closed=sources.closed))
     _add_running(chains, _add_copies(chains, sources, holders), running)
+    groups = _groups(targets, chains.below)
+    chains.beside = {
+        g[0].node: g
+        for g in groups
+        if g[0].peer.peer_id not in chains.below and len({t.node for t in g}) == 1
+    }
     waiting: list[list[Target]] = []
-    for group in _groups(targets, chains.below):
-        if all(target.node in chains.closed for target in group):
+    for group in groups:
+        chains.beside.pop(group[0].node, None)
+        if group[0].peer.peer_id in chains.placed:
+            continue
+        if not _may_forward(chains, group):
             waiting.append(group)  # fed last: a chain ends with them
         else:
             _place(chains, group)
@@ -163,21 +175,19 @@ def _place(chains: Chains, group: list[Target]) -> None:
     """Feed a group: from inside, from its own disk, or by a chain, whichever brings most."""
     first = group[0]
     waits = chains.below.get(first.peer.peer_id, frozenset())
-    may_forward = any(target.node not in chains.closed for target in group)
-    found = None if waits or not may_forward else chains.exits.best(first.leaf, _bandwidth(group))
+    found = None if waits else _exit_for(chains, group)
     fork = _fork(chains, first, waits) if found is None else None
-    chained = (
-        fork[0] if fork is not None else min(found.rate, _bandwidth(group)) if found is not None else 0.0
-    )
+    chained = 0.0
+    if found is not None:
+        chained = min(found.rate, _bandwidth(group))
+    elif fork is not None:
+        chained = fork[0]
     own, own_rate = _own_disk(chains, group)
     inside, inside_rate = _inside(chains, first, waits)
     if inside is not None and inside_rate >= RATE_TOLERANCE * max(chained, own_rate):
         entered = [_enter(chains, first, inside, inside_rate)]
-    elif own is not None and own_rate > chained:
-        group = sorted(group, key=lambda t: t.node != own.node)
-        if own.node in chains.disk_exits:
-            chains.disk_exits[own.node].open = False  # what it sends goes on from the device
-        entered = [_enter(chains, group[0], own, own_rate)]
+    elif own is not None and (own_rate > chained or _is_exit_of(chains, own, found)):
+        group, entered = _read_own(chains, group, own, own_rate)
     elif found is not None:
         entered = _enter_shards(chains, group, found)
     elif fork is not None:
@@ -186,6 +196,34 @@ def _place(chains: Chains, group: list[Target]) -> None:
         chains.unfed += [t.peer.peer_id for t in group]
         return
     _spread(chains, group, entered)
+
+
+def _exit_for(chains: Chains, group: list[Target]) -> Exit | None:
+    """The best exit. Targets beside a disk read it first: the chain then goes on from them over the same NIC."""
+    while _may_forward(chains, group):
+        found = chains.exits.best(group[0].leaf, _bandwidth(group))
+        if found is None:
+            return None
+        disk = found.members[0]
+        beside = chains.beside.pop(disk.node, None) if _is_exit_of(chains, disk, found) else None
+        if beside is None or beside is group:
+            return found
+        _spread(chains, *_read_own(chains, beside, disk, disk.rate))
+    return None
+
+
+def _read_own(
+    chains: Chains, group: list[Target], disk: Member, rate: float
+) -> tuple[list[Target], list[Member]]:
+    """Feed a group from the disk under one of it."""
+    group = sorted(group, key=lambda t: t.node != disk.node)
+    if disk.node in chains.disk_exits:
+        chains.disk_exits[disk.node].open = False  # what it sends goes on from the device
+    return group, [_enter(chains, group[0], disk, rate)]
+
+
+def _is_exit_of(chains: Chains, disk: Member, found: Exit | None) -> bool:
+    return found is not None and chains.disk_exits.get(disk.node) is found
 
 
 def _enter(chains: Chains, target: Target, up: Member, rate: float) -> Member:
@@ -201,6 +239,7 @@ def _enter(chains: Chains, target: Target, up: Member, rate: float) -> Member:
 def _add(chains: Chains, member: Member) -> None:
     chains.members.append(member)
     chains.planned.append(member)
+    chains.placed.add(member.peer.peer_id)
 
 
 def _enter_shards(chains: Chains, group: list[Target], found: Exit) -> list[Member]:
@@ -250,6 +289,11 @@ def _spread(chains: Chains, group: list[Target], entered: list[Member]) -> None:
     chains.exits.add(ends if len(entered) == 1 else members)
 
 
+def _may_forward(chains: Chains, group: Sequence[Target]) -> bool:
+    """Whether a NIC of the group may send and does not yet."""
+    return any(chains.exits.has_lane(target.node, target.nics) for target in group)
+
+
 def _own_disk(chains: Chains, group: Sequence[Target]) -> tuple[Member | None, float]:
     """The fastest disk under a group with what it would give; a disk that feeds others is not slowed down."""
     best: tuple[Member | None, float] = (None, 0.0)
@@ -279,25 +323,19 @@ def _inside(chains: Chains, target: Target, waits: Collection[str]) -> tuple[Mem
 def _fork(chains: Chains, target: Target, waits: Collection[str]) -> tuple[float, Member] | None:
     """The member, or copy, whose flow is best split for `target`; those that should not send come last."""
     options = []
-    for member in _may_fork(chains, target, waits):
+    for member in [*chains.copies, *chains.members]:
+        if _waits_for(member, target, waits):
+            continue
         flows = chains.exits.sending[member.node] + 1
         rate = member.rate if member.hops else member.rate / (chains.readers[id(member)] + 1)
         rate = min(rate, member.nic, member.nic * member.nics / flows, target.nic_bytes_per_s)
         shut = member.node in chains.closed
         far = member.leaf != target.leaf
-        key = (shut, -rate, member.rank, flows, far, member.hops, member.peer.peer_id)
+        slow = bool(member.hops) and member.nic < target.nic_bytes_per_s
+        key = (shut, -rate, slow, member.rank, flows, far, member.hops, member.peer.peer_id)
         options.append((key, rate, member))
     best = min(options, key=lambda option: option[0], default=None)
     return None if best is None else (best[1], best[2])
-
-
-def _may_fork(chains: Chains, target: Target, waits: Collection[str]) -> Iterator[Member]:
-    """Copies, and members that are no slower than `target` and do not wait for it."""
-    for member in [*chains.copies, *chains.members]:
-        if member.up is not None and member.nic < target.nic_bytes_per_s:
-            continue
-        if not _waits_for(member, target, waits):
-            yield member
 
 
 def _waits_for(member: Member, target: Target, waits: Collection[str]) -> bool:

@@ -65,11 +65,14 @@ class Exits:
         taken: Counter[str] = Counter()
         lanes: list[Member] = []
         for member in members:
-            busy = self.sending[member.node] + taken[member.node]
-            if busy < member.nics and member.node not in self.closed:
+            if self.has_lane(member.node, member.nics - taken[member.node]):
                 taken[member.node] += 1
                 lanes.append(member)
         return lanes
+
+    def has_lane(self, node: str, nics: int) -> bool:
+        """Whether one of `nics` NICs of a node may send and does not yet."""
+        return self.sending[node] < nics and node not in self.closed
 
     def best(self, leaf: str, rate_wanted: float) -> Exit | None:
         """The exit for a group that can take `rate_wanted`: fast enough, by kind, same leaf, short, fast."""

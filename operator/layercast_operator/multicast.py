@@ -20,11 +20,11 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from itertools import islice
 
-from layercast_operator.binomial import best_blocks
+from layercast_operator.binomial import best_blocks, ticks_needed
 from layercast_operator.binomial import predicted_s as binomial_s
 from layercast_operator.chains import grow_chains
 from layercast_operator.flows import Member, predicted_s
-from layercast_operator.shifted import IN_ORDER, Shift
+from layercast_operator.shifted import IN_ORDER, Shift, covered_after
 from layercast_operator.snapshot import PeerRef
 from layercast_operator.sources import choose_sources, rank_of
 from layercast_operator.topology import (
@@ -293,7 +293,7 @@ def _choose_method(
         return replace(plan, method_reason=f"chains are no slower: {compared}")
     times = {target: group.predicted_s for group in groups for target in group.targets}
     reason = "it forwards parameters in every tick, and its KV leaves in the same direction"
-    hops = [replace(hop, predicted_s=times[hop.target], shift=IN_ORDER) for hop in plan.hops]
+    hops = [replace(hop, predicted_s=times[hop.target]) for hop in plan.hops]
     hops = [
         replace(h, live=False, live_reason=reason) if h.live and wanted[h.target].sends_kv else h
         for h in hops
@@ -302,7 +302,7 @@ def _choose_method(
         plan,
         hops=tuple(hops),
         predicted_s=seconds,
-        covered_s=min(group.predicted_s for group in groups),
+        covered_s=_covered_by_schedule_s(groups, shifted=plan.hops[0].shift.of == len(groups)),
         method=Method.BINOMIAL,
         method_reason=f"the schedule ends sooner: {compared}",
         groups=groups,
@@ -320,19 +320,34 @@ def _binomial_groups(planned: Sequence[Member], checkpoint_bytes: int) -> tuple[
         return "chains run already", ()
     if any(not m.outside or m.shards > 1 for m in planned):
         return "some are fed inside their nodes", ()
-    groups: list[Group] = []
+    paced: list[tuple[list[Member], Member, float]] = []
     for members in by_chain.values():
         source = members[0].up
         assert source is not None  # a chain starts below a copy
-        rate = min(source.rate, source.nic, *(m.nic for m in members))
-        nodes = len(members) + 1
-        blocks = best_blocks(nodes, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate)
-        groups.append(
-            Group(
-                source=source.peer.peer_id,
-                targets=tuple(m.peer.peer_id for m in members),
-                blocks=blocks,
-                predicted_s=binomial_s(nodes, blocks, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate),
-            )
+        paced.append((members, source, min(source.rate, source.nic, *(m.nic for m in members))))
+    # One cut for all, so that shifted orders of the groups complement each other.
+    blocks = max(
+        best_blocks(len(members) + 1, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate)
+        for members, _, rate in paced
+    )
+    return "", tuple(
+        Group(
+            source=source.peer.peer_id,
+            targets=tuple(m.peer.peer_id for m in members),
+            blocks=blocks,
+            predicted_s=binomial_s(
+                len(members) + 1, blocks, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate
+            ),
         )
-    return "", tuple(groups)
+        for members, source, rate in paced
+    )
+
+
+def _covered_by_schedule_s(groups: Sequence[Group], *, shifted: bool) -> float:
+    """A group has one block more after every tick; shifted groups complement each other."""
+
+    def after(group: Group, of: int) -> float:
+        ticks = ticks_needed(len(group.targets) + 1, group.blocks)
+        return group.predicted_s * covered_after(group.blocks, of) / ticks
+
+    return max(after(g, len(groups)) for g in groups) if shifted else min(after(g, 1) for g in groups)

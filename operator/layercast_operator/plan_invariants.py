@@ -93,9 +93,19 @@ def _starts_at_a_copy(given: Planned, hop: Hop, path: Sequence[str]) -> Iterator
 
 
 def _slows_down(given: Planned, path: Sequence[str]) -> Iterator[str]:
-    """Neither what arrives nor what members could take grows along a chain."""
+    """Neither what arrives nor what members could take grows along a chain.
+
+    Those whose NICs send something else anyway may hang below a slower one: they slow nobody down. And so may those
+    whose chain starts at a node's own disk: they would read it over the NIC of that node otherwise.
+    """
+    feeders = {r.upstream for r in given.running}
+    dead_ends = {h.node for h in given.holders if h.busy or h.peer.peer_id in feeders}
+    dead_ends |= {r.target.node for r in given.running if r.target.peer.peer_id in feeders}
+    dead_ends |= {node for _, node in _outside(given)}
+    own_disk = {h.target for h in given.plan.hops if h.upstream is None}
     arrives = {hop.target: hop.bytes_per_s for hop in given.plan.hops}
     targets = {t.peer.peer_id: t for t in given.targets}
+    disk_node = targets[path[-1]].node if path[-1] in own_disk else ""
     groups: dict[str, list[Target]] = {}
     for target in given.targets:
         groups.setdefault(target.logical, []).append(target)
@@ -104,6 +114,8 @@ def _slows_down(given: Planned, path: Sequence[str]) -> Iterator[str]:
             continue
         if arrives[below] > arrives[above] * _ALMOST:
             yield f"more arrives at {below} than at {above} above it"
+        if targets[below].node in dead_ends or targets[above].node == disk_node:
+            continue
         # One by one, and as logical nodes: some of a logical node may be planned apart.
         alone = _takes([targets[below]]) > _takes([targets[above]]) * _ALMOST
         if alone and _takes(groups[targets[below].logical]) > _takes(groups[targets[above].logical]):
