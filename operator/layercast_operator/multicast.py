@@ -1,81 +1,69 @@
 """Who feeds whom: serial chains from holders to targets, planned in one pass over plain values.
 
-The plan follows BlitzScale (OSDI'25, section 5.1; digest 3.1 to 3.6): sources whose sending direction carries KV
-are left out; targets are taken in descending bandwidth, those of one node (one NVLink domain) together; one chain
-grows from each source, on the same leaf first. A member forwards what has arrived while the rest arrives, so a
-chain of n members takes |M|/B + (n-1) c/B for B the slowest hop and c the unit of forwarding, hardly longer than
-one of a single member.
+The plan follows BlitzScale (OSDI'25, section 5.1; digest 3.1 to 3.6): `sources` leaves out copies whose sending
+direction carries KV, `chains` grows one chain from each of the rest, `flows` predicts them. A member forwards what
+has arrived while the rest arrives, so a chain takes hardly longer than one hop.
 
-Copies on disk and in host memory are second choice: they start a chain when no device copy may, or when reading
-the target's own disk is faster than the chain. Every target also gets its alternatives, so that it survives the
-death of its upstream without asking: other complete holders, then its own ancestors, nearest first. Ancestors
-only, because two targets that wait for each other's chunks would wait for ever.
+Copies on disk and in host memory are second choice: they start a chain when no device copy may, or is as fast.
+Every target also gets its alternatives, so that it survives the death of its upstream without asking: other
+complete holders, then its own ancestors, nearest first. Ancestors only, because two targets that wait for each
+other's chunks would wait for ever.
+
+Chains that start together while nobody complete can serve send different parts first (`shifted`). Where agents can
+follow a schedule in ticks (λScale's, `binomial`), it is chosen when it is predicted to end sooner.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from enum import Enum
+from itertools import islice
 
+from layercast_operator.binomial import best_blocks, ticks_needed
+from layercast_operator.binomial import predicted_s as binomial_s
+from layercast_operator.chains import grow_chains
+from layercast_operator.flows import Member, predicted_s
+from layercast_operator.shifted import IN_ORDER, Shift, covered_after
 from layercast_operator.snapshot import PeerRef
+from layercast_operator.sources import choose_sources, rank_of
+from layercast_operator.topology import (
+    ASSUMED_DISK_BYTES_PER_S,
+    ASSUMED_NIC_BYTES_PER_S,
+    FORWARD_BYTES,
+    INSIDE_NODE_BYTES_PER_S,
+    Holder,
+    HolderKind,
+    Running,
+    Target,
+)
 
-# Where a node does not tell: one 10 Gbit/s NIC, one SATA disk, one memory channel shared by two processes.
-ASSUMED_NIC_BYTES_PER_S = 1.25e9
-ASSUMED_DISK_BYTES_PER_S = 0.5e9
-INSIDE_NODE_BYTES_PER_S = 10e9
-# What a member must have before it can pass something on (chunk size of packed checkpoints).
-FORWARD_BYTES = 4 * 1024 * 1024
+__all__ = [
+    "ALTERNATIVES_MAX",
+    "ASSUMED_DISK_BYTES_PER_S",
+    "ASSUMED_NIC_BYTES_PER_S",
+    "FORWARD_BYTES",
+    "INSIDE_NODE_BYTES_PER_S",
+    "Group",
+    "Holder",
+    "HolderKind",
+    "Hop",
+    "Method",
+    "MulticastPlan",
+    "Running",
+    "Target",
+    "plan_multicast",
+]
+
 # A target that has outlived so many upstreams is better served by a new plan.
 ALTERNATIVES_MAX = 8
 
 
-class HolderKind(Enum):
-    """Where a complete copy is; the order is the order of preference."""
+class Method(Enum):
+    """How parameters travel from a source to its targets."""
 
-    DEVICE = "device"
-    HOST = "host memory"
-    DISK = "disk"
-
-
-_KINDS = tuple(HolderKind)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """A complete copy that can be read."""
-
-    peer: PeerRef
-    node: str
-    leaf: str
-    kind: HolderKind
-    nic_bytes_per_s: float
-    read_bytes_per_s: float
-    """How fast the copy itself can be read."""
-    busy: str = ""
-    """Why its sending direction should not carry parameters; empty when it may."""
-    leaving: bool = False
-    """It is being drained: usable, and soon gone."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """A replica that wants parameters."""
-
-    peer: PeerRef
-    node: str
-    leaf: str
-    nic_bytes_per_s: float
-    sends_kv: bool = False
-    """It sends KV to other replicas as soon as it executes (prefill role)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Running:
-    """A target that is being fed; new ones may be appended below it."""
-
-    target: Target
-    upstream: str
+    CHAIN = "chain"
+    BINOMIAL = "binomial"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +78,21 @@ class Hop:
     live: bool
     live_reason: str
     why: str
+    shard: int = 0
+    """Which of `shards` equal parts comes from `upstream`; the others are gathered inside the logical node."""
+    shards: int = 1
+    shift: Shift = IN_ORDER
+    """Which parts the chain sends first."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """A source and the targets that follow a binomial schedule with it: nodes 0, 1, ... of the schedule."""
+
+    source: str
+    targets: tuple[str, ...]
+    blocks: int
+    predicted_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,35 +102,14 @@ class MulticastPlan:
     hops: tuple[Hop, ...]
     unfed: tuple[str, ...]
     notes: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Member:
-    """A link of a chain: the root copy, or a target below it."""
-
-    peer: PeerRef
-    node: str
-    leaf: str
-    nic_bytes_per_s: float
-    rate: float
-    """What arrives here: the least of all hops above."""
-
-
-@dataclass(slots=True)
-class _Chains:
-    """Chains under construction; each is a path from its root to its tail."""
-
-    paths: list[list[_Member]]
-    sending: dict[str, int] = field(default_factory=dict)
-    """Flows that leave each node over its NIC."""
-
-    def append(self, path: list[_Member], member: _Member) -> list[_Member]:
-        """Grow a chain; returns its path up to the new tail."""
-        tail = path[-1]
-        if tail.node != member.node:
-            self.sending[tail.node] = self.sending.get(tail.node, 0) + 1
-        path.append(member)
-        return path
+    predicted_s: float = 0.0
+    """Until every target has everything."""
+    covered_s: float = 0.0
+    """Until the targets together have everything."""
+    method: Method = Method.CHAIN
+    method_reason: str = ""
+    groups: tuple[Group, ...] = ()
+    """Schedules that replace the chains when the method is binomial."""
 
 
 def plan_multicast(
@@ -137,220 +119,235 @@ def plan_multicast(
     running: Sequence[Running] = (),
     checkpoint_bytes: int,
     serving: bool,
+    methods: Collection[Method] = (Method.CHAIN,),
 ) -> MulticastPlan:
-    """Chains for `targets`; the same values give the same plan.
+    """Chains for `targets`; the same values give the same plan, in whatever order they are listed.
 
     `serving` says whether a complete replica takes requests: only then is there anybody to share them with.
+    `methods` are those that the agents can carry out.
     """
-    notes: list[str] = []
-    roots = _roots(holders, notes)
-    local = {h.node: h for h in holders if h.kind is HolderKind.DISK}
-    wanted = {target.peer.peer_id for target in targets}
-    fed = [r for r in running if r.target.peer.peer_id not in wanted]
-    chains = _running_chains(roots, local, fed)
-    below = _descendants(fed)
-    hops: list[Hop] = []
-    unfed: list[str] = []
-    for target in _in_order(targets):
-        path = _place(chains, target, local.get(target.node), below)
-        if path is None:
-            unfed.append(target.peer.peer_id)
-            continue
-        hops.append(_hop(path, target, holders, checkpoint_bytes, serving=serving))
-    return MulticastPlan(hops=_only_tails_live(hops, targets), unfed=tuple(unfed), notes=tuple(notes))
-
-
-def _roots(holders: Sequence[Holder], notes: list[str]) -> list[Holder]:
-    """Holders of the best kind whose sending direction is free, or the busy ones when there are no others."""
-    for kind in _KINDS:
-        free = [h for h in holders if h.kind is kind and not h.busy]
-        staying = [h for h in free if not h.leaving] or free
-        if staying:
-            return sorted(staying, key=lambda h: (-h.nic_bytes_per_s, h.peer.peer_id))
-    busy = sorted(holders, key=lambda h: (-h.nic_bytes_per_s, h.peer.peer_id))
-    notes.extend(f"{h.peer.peer_id} sends parameters although {h.busy}: nobody else has them" for h in busy)
-    return busy
-
-
-def _in_order(targets: Sequence[Target]) -> list[Target]:
-    """Descending bandwidth, the targets of one node together: the fast are useful first and delay nobody."""
-    return sorted(targets, key=lambda t: (-t.nic_bytes_per_s, t.leaf, t.node, t.peer.peer_id))
-
-
-def _running_chains(
-    roots: Sequence[Holder], local: Mapping[str, Holder], running: Sequence[Running]
-) -> _Chains:
-    """Chains as they are: one path from each root or unknown upstream to each tail."""
-    chains = _Chains(paths=[])
-    children: dict[str, list[Running]] = {}
-    known = {r.target.peer.peer_id for r in running} | {h.peer.peer_id for h in roots}
-    for entry in sorted(running, key=lambda r: r.target.peer.peer_id):
-        children.setdefault(entry.upstream if entry.upstream in known else "", []).append(entry)
-
-    grown: list[list[_Member]] = [[_root_member(root)] for root in roots]
-    for orphan in children.get("", []):
-        own = local.get(orphan.target.node)
-        rate = own.read_bytes_per_s if own is not None else orphan.target.nic_bytes_per_s
-        grown.append([_member(orphan.target, rate)])
-    # Everybody has one upstream, so what is reached from a root is a tree and this ends.
-    while grown:
-        path = grown.pop(0)
-        tail = path[-1]
-        fed_here = children.get(tail.peer.peer_id, [])
-        if not fed_here:
-            chains.paths.append(path)
-        for child in fed_here:
-            if tail.node != child.target.node:
-                chains.sending[tail.node] = chains.sending.get(tail.node, 0) + 1
-            grown.append([*path, _member(child.target, _link_rate(tail, child.target, 1))])
-    return chains
-
-
-def _descendants(running: Sequence[Running]) -> Mapping[str, frozenset[str]]:
-    """For each upstream, everybody who is fed by it, directly or not."""
-    children: dict[str, set[str]] = {}
-    for entry in running:
-        children.setdefault(entry.upstream, set()).add(entry.target.peer.peer_id)
-    closed: dict[str, frozenset[str]] = {}
-    for upstream in children:
-        seen: set[str] = set()
-        front = {upstream}
-        while front:
-            front = {child for peer in front for child in children.get(peer, ())} - seen
-            seen |= front
-        closed[upstream] = frozenset(seen)
-    return closed
-
-
-def _root_member(holder: Holder) -> _Member:
-    return _Member(
-        peer=holder.peer,
-        node=holder.node,
-        leaf=holder.leaf,
-        nic_bytes_per_s=holder.nic_bytes_per_s,
-        rate=holder.read_bytes_per_s,
+    wanted = {target.peer.peer_id: target for target in targets}
+    sources = choose_sources(holders)
+    chains = grow_chains(
+        sources=sources,
+        holders=holders,
+        targets=targets,
+        running=[r for r in running if r.target.peer.peer_id not in wanted],
     )
-
-
-def _member(target: Target, rate: float) -> _Member:
-    return _Member(
-        peer=target.peer,
-        node=target.node,
-        leaf=target.leaf,
-        nic_bytes_per_s=target.nic_bytes_per_s,
-        rate=rate,
+    shifts = {} if serving else _shifts(chains.planned)
+    alternatives = _Alternatives(holders)
+    hops = [
+        _hop(member, alternatives, checkpoint_bytes, shifts.get(member.chain, IN_ORDER))
+        for member in chains.planned
+    ]
+    forwarding = _forwarding(chains.members)
+    hops = [
+        _with_eligibility(hop, wanted[hop.target], member, forwarding, serving=serving)
+        for hop, member in zip(hops, chains.planned, strict=True)
+    ]
+    plan = MulticastPlan(
+        hops=tuple(hops),
+        unfed=tuple(chains.unfed),
+        notes=_busy_senders(chains.planned, holders),
+        predicted_s=max((hop.predicted_s for hop in hops), default=0.0),
+        covered_s=_covered_s(chains.planned, checkpoint_bytes, len(shifts)),
+        method_reason="chains are what the agents can carry out",
     )
+    if Method.BINOMIAL not in methods:
+        return plan
+    return _choose_method(plan, chains.planned, wanted, checkpoint_bytes)
 
 
-def _link_rate(tail: _Member, target: Target, flows: int) -> float:
-    """Bytes per second that reach `target` below `tail` when `flows` leave its node."""
-    if tail.node == target.node:
-        return min(tail.rate, INSIDE_NODE_BYTES_PER_S)
-    return min(tail.rate, tail.nic_bytes_per_s / flows, target.nic_bytes_per_s)
-
-
-def _place(
-    chains: _Chains,
-    target: Target,
-    own: Holder | None,
-    below: Mapping[str, frozenset[str]],
-) -> list[_Member] | None:
-    """The chain that `target` joins, ending in it; None when nobody can feed it."""
-    mine = below.get(target.peer.peer_id, frozenset())
-    open_paths = chains.paths
-    if mine:  # its own descendants cannot feed it
-        open_paths = [path for path in chains.paths if not any(m.peer.peer_id in mine for m in path)]
-
-    def order(path: list[_Member]) -> tuple[bool, int, bool, float, int, str]:
-        tail = path[-1]
-        outside = tail.node != target.node
-        flows = chains.sending.get(tail.node, 0) if outside else 0
-        rate = _link_rate(tail, target, flows + 1)
-        return (outside, flows, tail.leaf != target.leaf, -rate, len(path), tail.peer.peer_id)
-
-    best = min(open_paths, key=order, default=None)
-    rate = 0.0
-    if best is not None:
-        rate = _link_rate(best[-1], target, chains.sending.get(best[-1].node, 0) + 1)
-    if own is not None and best is not None and _is_own(best, own):
-        return list(chains.append(best, _member(target, own.read_bytes_per_s)))
-    if own is not None and (best is None or own.read_bytes_per_s > rate):
-        path = [_root_member(own), _member(target, own.read_bytes_per_s)]
-        chains.paths.append(path)
-        return list(path)
-    if best is None:
-        return None
-    return list(chains.append(best, _member(target, rate)))
-
-
-def _is_own(path: list[_Member], own: Holder) -> bool:
-    return len(path) == 1 and path[0].peer.peer_id == own.peer.peer_id
-
-
-def _hop(
-    path: list[_Member],
-    target: Target,
-    holders: Sequence[Holder],
-    checkpoint_bytes: int,
-    *,
-    serving: bool,
-) -> Hop:
-    parent, rate = path[-2], max(path[-1].rate, 1.0)
-    from_own = any(_own_copy(h, target) and h.peer == parent.peer for h in holders)
-    upstream = None if from_own else parent.peer
-    alternatives = _alternatives(path, target, holders)
-    hops = len(path) - 1
-    predicted_s = checkpoint_bytes / rate + (hops - 1) * FORWARD_BYTES / rate
-    place = "its own disk" if from_own else parent.peer.peer_id
-    where = "same node" if parent.node == target.node else ("same leaf" if parent.leaf == target.leaf else "")
-    why = f"fed by {place}" + (f" ({where})" if where and not from_own else "")
-    return Hop(
-        target=target.peer.peer_id,
-        upstream=upstream,
-        alternatives=tuple(a for a in alternatives if a != upstream)[:ALTERNATIVES_MAX],
-        bytes_per_s=rate,
-        predicted_s=predicted_s,
-        live=serving,
-        live_reason="shares the queue of a serving replica" if serving else "no complete replica serves",
-        why=f"{why}, hop {hops}, about {predicted_s:.1f} s at {rate / 1e6:.0f} MB/s",
-    )
-
-
-def _own_copy(holder: Holder, target: Target) -> bool:
-    return holder.kind is HolderKind.DISK and holder.node == target.node
-
-
-def _alternatives(path: list[_Member], target: Target, holders: Sequence[Holder]) -> list[PeerRef | None]:
-    """Complete device copies, then own ancestors from the nearest, then own disk, then other copies."""
-    complete = {h.peer.peer_id for h in holders}
-
-    def order(holder: Holder) -> tuple[int, bool, bool, bool, float, str]:
-        return (
-            _KINDS.index(holder.kind),
-            bool(holder.busy),
-            holder.leaving,
-            holder.leaf != target.leaf,
-            -holder.nic_bytes_per_s,
-            holder.peer.peer_id,
-        )
-
-    ranked = sorted(holders, key=order)
-    devices = [h.peer for h in ranked if h.kind is HolderKind.DEVICE]
-    ancestors = [m.peer for m in reversed(path[:-1]) if m.peer.peer_id not in complete]
-    own = [None] if any(_own_copy(h, target) for h in holders) else []
-    others = [h.peer for h in ranked if h.kind is not HolderKind.DEVICE and not _own_copy(h, target)]
-    half = ALTERNATIVES_MAX // 2
-    return [*devices[:half], *ancestors[:half], *own, *others]
-
-
-def _only_tails_live(hops: Sequence[Hop], targets: Sequence[Target]) -> tuple[Hop, ...]:
-    """A member that forwards parameters and sends KV would do both in one direction: only tails go live then."""
-    sends_kv = {target.peer.peer_id for target in targets if target.sends_kv}
-    forwards = {hop.upstream.peer_id for hop in hops if hop.upstream is not None}
-    reason = "it forwards parameters, and its KV leaves in the same direction"
+def _busy_senders(planned: Sequence[Member], holders: Sequence[Holder]) -> tuple[str, ...]:
+    """What must be said when a NIC that carries KV sends parameters too."""
+    busy = {h.peer.peer_id: h.busy for h in holders if h.busy}
+    by_node = {h.node: h.busy for h in holders if h.busy and h.nics == 1}
+    senders = {m.up.peer.peer_id: m.up for m in planned if m.up is not None and m.outside}
     return tuple(
-        replace(hop, live=False, live_reason=reason)
-        if hop.live and hop.target in sends_kv & forwards
-        else hop
-        for hop in hops
+        f"{name} sends parameters although {why}: nobody else has them"
+        for name, sender in sorted(senders.items())
+        if (why := busy.get(name) or by_node.get(sender.node))
     )
+
+
+def _shifts(planned: Sequence[Member]) -> dict[int, Shift]:
+    """A shifted order for each chain that starts at a copy; those that run already keep theirs."""
+    starts = sorted({m.chain for m in planned if m.chain >= 0})
+    return {chain: Shift(index=i, of=len(starts)) for i, chain in enumerate(starts)}
+
+
+def _covered_s(planned: Sequence[Member], checkpoint_bytes: int, chains: int) -> float:
+    """When the heads of all chains have their first parts; one chain covers everything when its head has it."""
+    heads = [m for m in planned if m.hops == 1]
+    if not heads:
+        return min((predicted_s(m, checkpoint_bytes) for m in planned), default=0.0)
+    if chains < 2:
+        return min(predicted_s(m, checkpoint_bytes) for m in heads)
+    return max(predicted_s(m, checkpoint_bytes // chains) for m in heads)
+
+
+def _hop(member: Member, alternatives: _Alternatives, checkpoint_bytes: int, shift: Shift) -> Hop:
+    up = member.up
+    assert up is not None  # planned members are fed by somebody
+    from_own = not up.hops and up.rank == _RANK_OF_DISK and up.node == member.node
+    upstream = None if from_own else up.peer
+    seconds = predicted_s(member, checkpoint_bytes)
+    where = "same node" if up.node == member.node else ("same leaf" if up.leaf == member.leaf else "")
+    where = "NVLink" if up.logical == member.logical and up.node != member.node else where
+    why = (
+        "fed by its own disk" if from_own else f"fed by {up.peer.peer_id}" + (f" ({where})" if where else "")
+    )
+    if member.shards > 1:
+        why += f", shard {member.shard + 1} of {member.shards}, the rest gathered inside"
+    return Hop(
+        target=member.peer.peer_id,
+        upstream=upstream,
+        alternatives=alternatives.of(member, upstream),
+        bytes_per_s=member.rate,
+        predicted_s=seconds,
+        live=False,
+        live_reason="",
+        why=f"{why}, hop {member.hops}, about {seconds:.1f} s at {member.rate / 1e6:.0f} MB/s",
+        shard=member.shard,
+        shards=member.shards,
+        shift=shift,
+    )
+
+
+_RANK_OF_DISK = list(HolderKind).index(HolderKind.DISK)
+
+
+class _Alternatives:
+    """Complete device copies, then own ancestors from the nearest, then own disk, then other copies."""
+
+    def __init__(self, holders: Sequence[Holder]) -> None:
+        self._holders = holders
+        self._complete = {h.peer.peer_id for h in holders}
+        self._own = {h.node for h in holders if h.kind is HolderKind.DISK}
+        # Neighbours rank alike, so each leaf is ranked once.
+        self._ranked: dict[str, tuple[list[Holder], list[Holder]]] = {}
+
+    def of(self, member: Member, upstream: PeerRef | None) -> tuple[PeerRef | None, ...]:
+        half = ALTERNATIVES_MAX // 2
+        devices, others = self._of_leaf(member.leaf)
+        found: list[PeerRef | None] = [h.peer for h in devices[:half]]
+        found += islice(self._ancestors(member), half)
+        if member.node in self._own:
+            found.append(None)
+        mine = (HolderKind.DISK, member.node)
+        found += islice((h.peer for h in others if (h.kind, h.node) != mine), ALTERNATIVES_MAX)
+        return tuple(a for a in dict.fromkeys(found) if a != upstream)[:ALTERNATIVES_MAX]
+
+    def _ancestors(self, member: Member) -> list[PeerRef]:
+        """The nearest few, without copies: those are named anyway."""
+        found: list[PeerRef] = []
+        at = member.up
+        while at is not None and len(found) < ALTERNATIVES_MAX:
+            if at.peer.peer_id not in self._complete:
+                found.append(at.peer)
+            at = at.up
+        return found
+
+    def _of_leaf(self, leaf: str) -> tuple[list[Holder], list[Holder]]:
+        def order(h: Holder) -> tuple[int, bool, bool, bool, float, str]:
+            return (rank_of(h), bool(h.busy), h.leaving, h.leaf != leaf, -h.nic_bytes_per_s, h.peer.peer_id)
+
+        if leaf not in self._ranked:
+            ranked = sorted(self._holders, key=order)
+            devices = [h for h in ranked if h.kind is HolderKind.DEVICE]
+            self._ranked[leaf] = devices, [h for h in ranked if h.kind is not HolderKind.DEVICE]
+        return self._ranked[leaf]
+
+
+def _forwarding(members: Sequence[Member]) -> frozenset[str]:
+    """Names of members and of nodes with one NIC that send parameters over it."""
+    senders = [m.up for m in members if m.up is not None and m.outside]
+    return frozenset({m.peer.peer_id for m in senders} | {f"node {m.node}" for m in senders if m.nics == 1})
+
+
+def _with_eligibility(
+    hop: Hop, target: Target, member: Member, forwarding: Collection[str], *, serving: bool
+) -> Hop:
+    """Whether a target may take requests while it is fed (BlitzScale, section 5.2, table of digest 3.5)."""
+    if not serving:
+        return replace(hop, live_reason="no complete replica serves")
+    if target.receives_kv:
+        reason = "parameters arrive, and KV would arrive in the same direction"
+        return replace(hop, live_reason=reason)
+    if target.sends_kv and (hop.target in forwarding or f"node {member.node}" in forwarding):
+        reason = "it forwards parameters, and its KV leaves in the same direction"
+        return replace(hop, live_reason=reason)
+    return replace(hop, live=True, live_reason="shares the queue of a serving replica")
+
+
+def _choose_method(
+    plan: MulticastPlan, planned: Sequence[Member], wanted: dict[str, Target], checkpoint_bytes: int
+) -> MulticastPlan:
+    """The binomial schedule where it is predicted to end sooner than the chains."""
+    hindrance, groups = _binomial_groups(planned, checkpoint_bytes)
+    if hindrance:
+        return replace(plan, method_reason=f"chains, because {hindrance}")
+    seconds = max(group.predicted_s for group in groups)
+    compared = f"binomial schedule {seconds:.2f} s, chains {plan.predicted_s:.2f} s"
+    if seconds >= plan.predicted_s:
+        return replace(plan, method_reason=f"chains are no slower: {compared}")
+    times = {target: group.predicted_s for group in groups for target in group.targets}
+    reason = "it forwards parameters in every tick, and its KV leaves in the same direction"
+    hops = [replace(hop, predicted_s=times[hop.target]) for hop in plan.hops]
+    hops = [
+        replace(h, live=False, live_reason=reason) if h.live and wanted[h.target].sends_kv else h
+        for h in hops
+    ]
+    return replace(
+        plan,
+        hops=tuple(hops),
+        predicted_s=seconds,
+        covered_s=_covered_by_schedule_s(groups, shifted=plan.hops[0].shift.of == len(groups)),
+        method=Method.BINOMIAL,
+        method_reason=f"the schedule ends sooner: {compared}",
+        groups=groups,
+    )
+
+
+def _binomial_groups(planned: Sequence[Member], checkpoint_bytes: int) -> tuple[str, tuple[Group, ...]]:
+    """One group a chain, paced by its slowest; or why a schedule does not fit."""
+    by_chain: dict[int, list[Member]] = {}
+    for member in planned:
+        by_chain.setdefault(member.chain, []).append(member)
+    if not planned:
+        return "there is nobody to feed", ()
+    if -1 in by_chain:
+        return "chains run already", ()
+    if any(not m.outside or m.shards > 1 for m in planned):
+        return "some are fed inside their nodes", ()
+    paced: list[tuple[list[Member], Member, float]] = []
+    for members in by_chain.values():
+        source = members[0].up
+        assert source is not None  # a chain starts below a copy
+        paced.append((members, source, min(source.rate, source.nic, *(m.nic for m in members))))
+    # One cut for all, so that shifted orders of the groups complement each other.
+    blocks = max(
+        best_blocks(len(members) + 1, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate)
+        for members, _, rate in paced
+    )
+    return "", tuple(
+        Group(
+            source=source.peer.peer_id,
+            targets=tuple(m.peer.peer_id for m in members),
+            blocks=blocks,
+            predicted_s=binomial_s(
+                len(members) + 1, blocks, checkpoint_bytes=checkpoint_bytes, bytes_per_s=rate
+            ),
+        )
+        for members, source, rate in paced
+    )
+
+
+def _covered_by_schedule_s(groups: Sequence[Group], *, shifted: bool) -> float:
+    """A group has one block more after every tick; shifted groups complement each other."""
+
+    def after(group: Group, of: int) -> float:
+        ticks = ticks_needed(len(group.targets) + 1, group.blocks)
+        return group.predicted_s * covered_after(group.blocks, of) / ticks
+
+    return max(after(g, len(groups)) for g in groups) if shifted else min(after(g, 1) for g in groups)

@@ -1,23 +1,26 @@
-"""Chains: the paper's examples, and what must hold for every plan (design section 8, points 4 and 6)."""
+"""Chains: the paper's examples, and what must hold for every plan (design section 8, points 4 and 7)."""
 
 from __future__ import annotations
 
-import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layercast_operator.binomial import ticks_needed
 from layercast_operator.multicast import (
     FORWARD_BYTES,
     Holder,
     HolderKind,
+    Method,
     MulticastPlan,
     Running,
     Target,
     plan_multicast,
 )
+from layercast_operator.plan_invariants import Planned, violations
 from layercast_operator.snapshot import PeerRef
 
 MB = 1e6
@@ -164,84 +167,171 @@ def test_only_tails_go_live_where_kv_leaves_in_the_same_direction() -> None:
     assert all(hop.live for hop in colocated.hops)
 
 
-def test_a_thousand_nodes_take_a_moment() -> None:
-    holders = [holder(f"s{i:03}", f"n{i}", leaf=f"l{i % 16}") for i in range(50)]
-    targets = [target(f"t{i:03}", f"m{i}", leaf=f"l{i % 16}") for i in range(950)]
-    began = time.perf_counter()
-    got = plan(holders, targets)
-    assert len(got.hops) == 950
-    assert time.perf_counter() - began < 5.0
+def test_nobody_is_live_without_a_complete_replica_or_while_kv_arrives() -> None:
+    decode = plan([holder("s", "n0")], [target("t", "n1", receives_kv=True)])
+    assert not decode.hops[0].live and "KV would arrive" in decode.hops[0].live_reason
+    first = plan([holder("s", "n0")], [target("t", "n1")], serving=False)
+    assert not first.hops[0].live and "no complete replica" in first.hops[0].live_reason
+
+
+def test_a_neighbour_of_a_busy_sender_shares_its_nic() -> None:
+    # The host copy beside a prefill replica is no way around its KV; inside the node it disturbs nobody.
+    busy = holder("prefill", "n0", busy="it sends KV")
+    beside = holder("agent-0", "n0", kind=HolderKind.HOST)
+    got = plan([busy, beside, holder("s", "n9", nic_bytes_per_s=50 * MB)], [target("t", "n1")])
+    assert edges(got) == {"t": "s"} and not got.notes
+    inside = plan([busy], [target("x", "n0"), target("y", "n0")])
+    assert edges(inside) == {"x": "prefill", "y": "x"} and not inside.notes
+
+
+def test_a_target_beside_a_busy_sender_ends_its_chain() -> None:
+    got = plan(
+        [holder("prefill", "n0", busy="it sends KV"), holder("s", "n9")],
+        [target("a", "n1"), target("b", "n2"), target("x", "n0")],
+    )
+    assert edges(got) == {"a": "s", "b": "a", "x": "prefill"}
+
+
+def test_one_busy_sender_is_enough() -> None:
+    busy = [holder(f"p{i}", f"n{i}", busy="it sends KV") for i in range(3)]
+    got = plan(busy, [target(f"t{i}", f"m{i}") for i in range(4)])
+    assert edges(got) == {"t0": "p0", "t1": "t0", "t2": "t1", "t3": "t2"}
+    assert got.notes == ("p0 sends parameters although it sends KV: nobody else has them",)
+
+
+def test_shards_go_over_all_nics_and_are_gathered_inside() -> None:
+    wide: dict[str, Any] = {"nics": 4, "nvlink_bytes_per_s": 1000 * MB}
+    copies = [holder(f"s{i}", "n0", **wide) for i in range(4)]
+    got = plan(copies, [target(f"{n}{i}", f"n-{n}", **wide) for n in "xy" for i in range(4)])
+    assert edges(got) == {f"x{i}": f"s{i}" for i in range(4)} | {f"y{i}": f"x{i}" for i in range(4)}
+    assert [(hop.shard, hop.shards) for hop in got.hops] == [(i, 4) for i in range(4)] * 2
+    # T = |M|/(g B) + (g-1)/g |M|/B_nvl, and one unit of forwarding for the second hop.
+    expected = 400 / (4 * 100) + 3 / 4 * 400 / 1000
+    assert got.hops[0].predicted_s == pytest.approx(expected)
+    assert got.hops[7].predicted_s == pytest.approx(expected + FORWARD_BYTES / (100 * MB))
+    assert "gathered inside" in got.hops[0].why
+    # Where NVLink is no faster than a NIC, one NIC does it.
+    slow: dict[str, Any] = {"nics": 4, "nvlink_bytes_per_s": 50 * MB}
+    alone = plan([holder("s", "n0", **slow)], [target(f"x{i}", "n1", **slow) for i in range(4)])
+    assert all(hop.shards == 1 for hop in alone.hops)
+
+
+def test_an_nvlink_domain_is_one_logical_node() -> None:
+    got = plan(
+        [holder("s", "n0")],
+        [target("x0", "n1", domain="rack"), target("y", "n3"), target("x1", "n2", domain="rack")],
+    )
+    assert edges(got)["x1"] == "x0"
+    assert "NVLink" in next(hop.why for hop in got.hops if hop.target == "x1")
+
+
+def test_chains_send_different_parts_first_while_nobody_serves() -> None:
+    holders = [holder(f"s{i}", f"n{i}") for i in range(4)]
+    targets = [target(f"t{i}", f"m{i}") for i in range(8)]
+    first = plan(holders, targets, serving=False)
+    assert {hop.shift.index for hop in first.hops} == {0, 1, 2, 3}
+    assert all(hop.shift.of == 4 for hop in first.hops)
+    assert first.covered_s == pytest.approx(1.0) and first.predicted_s > 4.0
+    shifts = {hop.target: hop.shift for hop in first.hops}
+    assert all(shifts[t] == shifts[up] for t, up in edges(first).items() if up in shifts)
+    served = plan(holders, targets)
+    assert {hop.shift.of for hop in served.hops} == {1}
+
+
+def test_the_schedule_that_ends_sooner_is_chosen() -> None:
+    many = [target(f"t{i:03}", f"m{i}") for i in range(63)]
+    both: dict[str, Any] = {"methods": tuple(Method)}
+    short = plan([holder("s", "n0")], many, checkpoint_bytes=int(40 * MB), **both)
+    assert short.method is Method.BINOMIAL and "ends sooner" in short.method_reason
+    assert short.predicted_s < plan([holder("s", "n0")], many, checkpoint_bytes=int(40 * MB)).predicted_s
+    assert short.groups[0].source == "s" and len(short.groups[0].targets) == 63
+    # Two groups in shifted order have everything together in half of the ticks.
+    two = [holder("s", "n0"), holder("z", "n1")]
+    shifted = plan(two, many, checkpoint_bytes=int(40 * MB), serving=False, **both)
+    assert shifted.method is Method.BINOMIAL and {hop.shift.of for hop in shifted.hops} == {2}
+    blocks, ticks = shifted.groups[0].blocks, ticks_needed(33, shifted.groups[0].blocks)
+    assert shifted.covered_s == pytest.approx(shifted.predicted_s * -(-blocks // 2) / ticks, rel=0.05)
+    few = plan([holder("s", "n0")], many[:2], **both)
+    assert few.method is Method.CHAIN and "chains are no slower" in few.method_reason
+    inside = plan([holder("s", "n0")], [target("x", "n1"), target("y", "n1")], **both)
+    assert inside.method is Method.CHAIN and "inside their nodes" in inside.method_reason
+    # Everybody sends in every tick, so nobody whose KV leaves that way goes live.
+    prefill = [target(f"t{i:03}", f"m{i}", sends_kv=True) for i in range(63)]
+    ticks = plan([holder("s", "n0")], prefill, checkpoint_bytes=int(40 * MB), **both)
+    assert ticks.method is Method.BINOMIAL and not any(hop.live for hop in ticks.hops)
 
 
 rates = st.sampled_from([10 * MB, 25 * MB, 50 * MB, 100 * MB])
 
 
+Network = tuple[list[Holder], list[Target], list[Running]]
+
+
 @st.composite
-def networks(draw: st.DrawFn) -> tuple[list[Holder], list[Target]]:
-    """Up to eight nodes with a few holders and targets anywhere on them."""
-    nodes = [(f"n{i}", draw(st.sampled_from("abc")), draw(rates)) for i in range(draw(st.integers(1, 8)))]
-    holders: list[Holder] = []
-    targets: list[Target] = []
+def networks(draw: st.DrawFn) -> Network:
+    """Up to eight nodes, some with several NICs, a few holders, and targets of which some are on their way."""
+    nodes: list[dict[str, Any]] = [
+        {
+            "node": f"n{i}",
+            "leaf": draw(st.sampled_from("abc")),
+            "nic_bytes_per_s": draw(rates),
+            "nics": draw(st.sampled_from([1, 1, 2, 4])),
+            "domain": draw(st.sampled_from(["", "", "rack"])),
+        }
+        for i in range(draw(st.integers(1, 8)))
+    ]
+    holders: dict[tuple[str, HolderKind], Holder] = {}
     for i in range(draw(st.integers(1, 4))):
-        node, leaf, nic = draw(st.sampled_from(nodes))
-        kind = draw(st.sampled_from(list(HolderKind)))
-        busy = draw(st.sampled_from(["", "", "it sends KV"]))
-        name = f"h{i}" if kind is HolderKind.DEVICE else f"agent-{node}-{kind.name}"
-        if all(h.peer.peer_id != name for h in holders):
-            holders.append(
-                holder(
-                    name,
-                    node,
-                    leaf=leaf,
-                    kind=kind,
-                    nic_bytes_per_s=nic,
-                    read_bytes_per_s=draw(rates),
-                    busy=busy,
-                )
-            )
-    for i in range(draw(st.integers(0, 8))):
-        node, leaf, nic = draw(st.sampled_from(nodes))
-        targets.append(target(f"t{i}", node, nic, leaf=leaf))
-    return holders, targets
+        spot, kind = draw(st.sampled_from(nodes)), draw(st.sampled_from(list(HolderKind)))
+        name = f"h{i}" if kind is HolderKind.DEVICE else f"agent-{spot['node']}"
+        busy, leaving = draw(st.sampled_from(["", "", "it sends KV"])), draw(st.booleans())
+        values = {**spot, "kind": kind, "read_bytes_per_s": draw(rates), "busy": busy, "leaving": leaving}
+        holders[name, kind] = holder(name, **values)
+    fed = [
+        Target(peer=peer(f"t{i}"), sends_kv=draw(st.booleans()), **spot)
+        for i, spot in enumerate(draw(st.lists(st.sampled_from(nodes), max_size=8)))
+    ]
+    above = ["gone", *(h.peer.peer_id for h in holders.values())]
+    running: list[Running] = []
+    for _ in range(draw(st.integers(0, len(fed)))):
+        running.append(Running(target=fed.pop(), upstream=draw(st.sampled_from(above))))
+        above.append(running[-1].target.peer.peer_id)
+    return list(holders.values()), fed, running
 
 
-@given(networks(), st.randoms(use_true_random=False))
-def test_every_plan(network: tuple[list[Holder], list[Target]], shuffler: Any) -> None:
-    holders, targets = network
-    got = plan(holders, targets)
-    by_target = {hop.target: hop for hop in got.hops}
-    # Each target once, all of them fed: there is a holder.
-    assert sorted(by_target) == sorted(t.peer.peer_id for t in targets)
-    assert len(got.hops) == len(targets) and not got.unfed
-    place = {t.peer.peer_id: t.node for t in targets}
-    roots = {h.peer.peer_id for h in holders}
-    nics = {t.peer.peer_id: t.nic_bytes_per_s for t in targets}
-    for hop in got.hops:
-        path = [hop.target]
-        while (upstream := by_target[path[-1]].upstream) is not None and upstream.peer_id in by_target:
-            assert upstream.peer_id not in path, "a cycle"
-            path.append(upstream.peer_id)
-        # Chains start at holders, or at the own disk of the first member.
-        if upstream is None:
-            own = [h for h in holders if h.kind is HolderKind.DISK and h.node == place[path[-1]]]
-            assert own, "a disk that has nothing"
-        else:
-            assert upstream.peer_id in roots
-        # Bandwidth does not grow along a chain: what arrives, and the members' own.
-        arriving = [by_target[name].bytes_per_s for name in path]
-        assert arriving == sorted(arriving), "more arrives below than above"
-        members = [nics[name] for name in path]
-        assert members == sorted(members), "a faster member below a slower one"
-        # Alternatives are complete holders or own ancestors: nobody waits in a circle.
-        for alternative in hop.alternatives:
-            known = alternative is None or alternative.peer_id in roots
-            assert known or (alternative is not None and alternative.peer_id in path[1:])
-        assert hop.upstream not in hop.alternatives
+@given(networks(), st.randoms(use_true_random=False), st.booleans())
+def test_every_plan(network: Network, shuffler: Any, serving: bool) -> None:
+    holders, targets, running = network
+    values: dict[str, Any] = {"running": running, "serving": serving, "methods": tuple(Method)}
+    got = plan(holders, targets, **values)
+    assert not violations(Planned(holders=holders, targets=targets, running=running, plan=got))
     # The order in which things are listed means nothing.
-    shuffler.shuffle(holders)
-    shuffler.shuffle(targets)
-    assert plan(holders, targets).hops == got.hops
-    # A busy sender is a source only when nobody else is.
-    busy = {h.peer.peer_id for h in holders if h.busy}
-    if len(busy) < len(holders):
-        assert not busy & {hop.upstream.peer_id for hop in got.hops if hop.upstream}
+    for listed in network:
+        shuffler.shuffle(listed)
+    assert plan(holders, targets, **values) == got
+
+
+BAD_PLANS: dict[str, tuple[Any, str]] = {
+    "twice": (lambda hops: [hops[0], *hops], "not every target once"),
+    "missing": (lambda hops: hops[1:], "not every target once"),
+    "cycle": (lambda hops: [replace(hops[0], upstream=peer("b")), *hops[1:]], "cycle"),
+    "from nowhere": (lambda hops: [replace(hops[0], upstream=peer("who")), *hops[1:]], "which has nothing"),
+    "no disk": (lambda hops: [replace(hops[0], upstream=None), *hops[1:]], "which has nothing"),
+    "grows": (lambda hops: [hops[0], replace(hops[1], bytes_per_s=1e12)], "more arrives"),
+    "waits": (lambda hops: [replace(hops[0], alternatives=(peer("b"),)), hops[1]], "neither a copy nor"),
+    "kv": (lambda hops: [replace(hops[0], upstream=peer("prefill")), hops[1]], "beside KV"),
+    "shards": (lambda hops: [replace(hops[0], shards=2), hops[1]], "gets shards"),
+    "no reason": (lambda hops: [replace(hops[0], live_reason=""), hops[1]], "no reason"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_PLANS)
+def test_what_is_wrong_with_a_plan_is_found(name: str) -> None:
+    spoil, expected = BAD_PLANS[name]
+    holders = [holder("s", "n0"), holder("prefill", "n9", busy="it sends KV")]
+    targets = [target("a", "n1"), target("b", "n2")]
+    good = plan(holders, targets)
+    assert not violations(Planned(holders=holders, targets=targets, plan=good))
+    bad = replace(good, hops=tuple(spoil(list(good.hops))))
+    found = violations(Planned(holders=holders, targets=targets, plan=bad))
+    assert any(expected in text for text in found), found
