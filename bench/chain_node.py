@@ -12,12 +12,12 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import grpc
+from bench import plain_socket, synthetic
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 
-from bench import plain_socket, synthetic
 from layercast_agent.holdings import SERVER_OPTIONS, Holding, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import HostMemory, RegionRef, RegionTable
@@ -41,7 +41,7 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
     def __init__(self, holdings: Holdings) -> None:
         self._holdings = holdings
 
-    async def WatchResidency(self, request: Any, context: Any) -> Any:  # noqa: D102
+    async def WatchResidency(self, request: Any, context: Any) -> Any:
         async for message in self._holdings.watch_residency(request, context):
             yield message
 
@@ -81,7 +81,7 @@ class Node:
         )
         say("prepared")
 
-    def load(self, upstreams: list[dict[str, str]]) -> None:
+    def load(self, upstreams: list[dict[str, Any]]) -> None:
         """Begin a transfer; `loaded` is said when it ended."""
         begun_at, begun_cpu_s = time.monotonic(), time.process_time()
 
@@ -136,18 +136,22 @@ class Node:
         return [memory.view(0, memory.nbytes) for memory in self._memories]
 
 
+def checkpoint(settings: dict[str, Any]) -> tuple[Manifest, list[bytearray] | None]:
+    """The source makes the checkpoint and writes its manifest, which the others read."""
+    manifest_file = Path(settings["manifest"])
+    if not settings["source"]:
+        return Manifest.from_json(manifest_file.read_bytes()), None
+    manifest, content = synthetic.make(settings["nbytes"])
+    manifest_file.write_bytes(manifest.to_json())
+    return manifest, content
+
+
 async def run(settings: dict[str, Any]) -> None:
     """Serve and obey until stdin ends."""
-    manifest_file = Path(settings["manifest"])
-    content: list[bytearray] | None = None
-    if settings["source"]:
-        manifest, content = synthetic.make(settings["nbytes"])
-        manifest_file.write_bytes(manifest.to_json())
-    else:
-        manifest = Manifest.from_json(manifest_file.read_bytes())
+    manifest, content = checkpoint(settings)
     node = Node(host=settings["host"], manifest=manifest, content=content)
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    peer_pb2_grpc.add_PeerServiceServicer_to_server(PeerServicer(node.holdings), server)
+    peer_pb2_grpc.add_PeerServiceServicer_to_server(cast(Any, PeerServicer)(node.holdings), server)
     port = server.add_insecure_port(f"{settings['host']}:0")
     await server.start()
     say("ready", address=f"{settings['host']}:{port}", data_address=node.data.address)

@@ -202,10 +202,14 @@ def run(*, rounds: int, hop_rounds: int, nbytes: int) -> dict[str, object]:
             chains, stars = alternate(all_nodes, [chain, star], rounds)
         place.shape(None)
         hops, plains = alternate(all_nodes, [hop, plain], hop_rounds)
-    rows = [
-        _row("chain A-B-C-D, 2 Gbit/s", chains, nbytes, TARGETS),
-        _row("star A-{B,C,D}, 2 Gbit/s", stars, nbytes, TARGETS),
-    ] if rounds else []
+    rows = (
+        [
+            _row("chain A-B-C-D, 2 Gbit/s", chains, nbytes, TARGETS),
+            _row("star A-{B,C,D}, 2 Gbit/s", stars, nbytes, TARGETS),
+        ]
+        if rounds
+        else []
+    )
     rows += [_row("tcp, one hop, no limit", hops, nbytes, 1), _row("two plain sockets", plains, nbytes, 1)]
     header = ["", "median s", "best", "worst", "GB/s in all", "targets' CPU s/GB"]
     print(report.table(header, rows))

@@ -22,12 +22,10 @@ def make(nbytes: int) -> tuple[Manifest, list[bytearray]]:
         *(f"model.layers.{layer}.mlp.down_proj.weight" for layer in range(layers)),
         "lm_head.weight",
     ]
-    planned = layout.plan_segments({name: ("F32", (rows, COLUMNS)) for name in names}, layers)
+    planned = layout.plan_segments(dict.fromkeys(names, ("F32", (rows, COLUMNS))), layers)
     rng = random.Random(0)
     data = [bytearray(rng.randbytes(segment.nbytes)) for segment in planned]
-    segments = [
-        _with_checksums(segment, content) for segment, content in zip(planned, data, strict=True)
-    ]
+    segments = [_with_checksums(segment, content) for segment, content in zip(planned, data, strict=True)]
     return layout.seal(segments=segments, dtype="float32", config={}, files={}), data
 
 
