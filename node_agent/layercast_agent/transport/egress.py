@@ -32,6 +32,11 @@ class EgressLimiter:
         self._free_at = 0.0
         self._lock = threading.Lock()
 
+    @property
+    def limits(self) -> bool:
+        """Whether anybody ever waits here."""
+        return bool(self._bytes_per_s)
+
     def take(self, nbytes: int, *, urgent: bool = False) -> None:
         """Return when `nbytes` may be sent: urgent ones at once, whatever the account says."""
         if not self._bytes_per_s:

@@ -6,9 +6,9 @@ been checked, wherever it came from.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 
+from layercast_agent.crc32 import crc32
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import WritableMemory
 from layercast_agent.transfer_events import Chunk
@@ -36,9 +36,12 @@ class Landing:
         """Where to receive a chunk. What is there stays invisible until `settle`."""
         return self._memories[chunk.segment].staging(*self.range_of(chunk))
 
-    def settle(self, chunk: Chunk, staged: memoryview) -> bool:
-        """Commit received bytes if they are right; False when they do not match the manifest."""
-        if not self._matches(chunk, staged):
+    def settle(self, chunk: Chunk, staged: memoryview, *, crc: int | None = None) -> bool:
+        """Commit received bytes if they are right; False when they do not match the manifest.
+
+        `crc` is their crc32 when the receiver computed it while they came and were still in its cache.
+        """
+        if not self._matches(chunk, staged, crc):
             return False
         self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
         return True
@@ -48,7 +51,7 @@ class Landing:
 
         Checking first also brings a mapped file's pages in while the interpreter lock is free.
         """
-        if not self._matches(chunk, source):
+        if not self._matches(chunk, source, None):
             return False
         staged = self.staging(chunk)
         for start in range(0, len(staged), COPY_BYTES):
@@ -56,6 +59,8 @@ class Landing:
         self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
         return True
 
-    def _matches(self, chunk: Chunk, data: memoryview) -> bool:
+    def _matches(self, chunk: Chunk, data: memoryview, crc: int | None) -> bool:
         expected = self._manifest.segments[chunk.segment].chunk_crc32[chunk.chunk]
-        return len(data) == self.range_of(chunk)[1] and zlib.crc32(data) == expected
+        if len(data) != self.range_of(chunk)[1]:
+            return False
+        return (crc32(data) if crc is None else crc) == expected

@@ -23,7 +23,7 @@ from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader
 __all__ = ["EgressLimiter", "TcpServer", "connect", "read_region"]
 
 SLICE_BYTES = 256 * 1024  # urgent bytes wait for at most one slice of each parameter flow
-CONNECTIONS_MAX = 1024  # every target keeps one to each of its substitutes, idle
+CONNECTIONS_MAX = 2048  # every target keeps two to each of its substitutes, idle
 HANDSHAKE_DEADLINE_S = 2.0
 SEND_DEADLINE_S = 5  # one slice must leave within this; a reader that stopped holds a region no longer
 ONE_READ_BYTES = 16 * 1024 * 1024
@@ -135,8 +135,9 @@ class TcpServer:
     def _send(self, sock: socket.socket, request: ReadRequest, view: memoryview) -> None:
         header = ResponseHeader(status=Status.OK, request_id=request.request_id, nbytes=len(view))
         sock.sendall(header.pack(), socket.MSG_MORE if len(view) else 0)
-        for start in range(0, len(view), SLICE_BYTES):
-            part = view[start : start + SLICE_BYTES]
+        slice_bytes = SLICE_BYTES if self._limiter.limits else max(len(view), 1)
+        for start in range(0, len(view), slice_bytes):
+            part = view[start : start + slice_bytes]
             self._limiter.take(len(part), urgent=request.urgent)
             sock.sendall(part)
 

@@ -1,18 +1,26 @@
-"""A link to a peer: residency by gRPC, chunks by pipelined reads on one TCP connection.
+"""A link to a peer: residency by gRPC, chunks by pipelined reads on two TCP connections.
 
-Two threads: this one connects, then receives chunks straight into the target's memory; the watch tells what
-the peer holds. `fetch` only writes a small frame, so the transfer's own thread never waits for the network.
+One stream is one core of each end, so a chunk travels as halves, one a stream: unlike whole chunks side by side
+that keeps their order, and the next hop of a chain waits no longer for its first chunk. Each half's crc32 is
+computed while it comes, as its bytes are still in the cache.
+
+Threads: one a stream receives straight into the target's memory, the first of them also connects; the watch
+tells what the peer holds. `fetch` only writes small frames, so the transfer's own thread never waits for the
+network.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import socket
 import threading
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
 from layercast_agent import transfer_events as ev
+from layercast_agent.crc32 import combine, crc32
 from layercast_agent.errors import PeerError, PeerLostError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
@@ -23,6 +31,29 @@ from layercast_agent.transport.watch import HeldSegment, ResidencyWatch
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
 
 RECEIVE_BYTES = 256 * 1024  # progress is told, and an end noticed, at this grain
+STREAMS = 2
+SPLIT_BYTES_MIN = 128 * 1024  # smaller chunks travel whole: their halves would be mostly waiting
+
+
+@dataclass(slots=True, kw_only=True)
+class _Arrival:
+    """A chunk under way. Nobody hears of it before its last part came: until then a stream may write it."""
+
+    chunk: Chunk
+    parts: list[range]  # bytes of the chunk, in order
+    crcs: list[int]
+    left: int
+    staged: memoryview | None = None
+    refusal: str = ""
+
+
+@dataclass(slots=True, kw_only=True)
+class _Stream:
+    """One connection, and the parts that were asked of it in order: (request id, arrival, number of the part)."""
+
+    socket: socket.socket
+    outstanding: deque[tuple[int, _Arrival, int]] = field(default_factory=deque)  # bounded by the window
+    received_bytes: int = 0
 
 
 class TcpLink:
@@ -44,12 +75,10 @@ class TcpLink:
         self._connect_deadline_s = connect_deadline_s
         self._lock = threading.Lock()
         self._regions: dict[int, RegionRef] = {}
-        self._outstanding: deque[tuple[int, Chunk]] = deque()  # bounded by the transfer's window
+        self._streams: list[_Stream] = []
         self._next_request_id = 0
         self._close_reason = ""
         self._connected = False
-        self.received_bytes = 0
-        self._socket: socket.socket | None = None
         self._watch = ResidencyWatch(
             address=request.upstream.address,
             manifest=manifest,
@@ -59,40 +88,67 @@ class TcpLink:
         self._thread = threading.Thread(target=self._run, name="upstream", daemon=True)
         self._thread.start()
 
+    @property
+    def received_bytes(self) -> int:
+        """Bytes that came in so far, over all streams."""
+        with self._lock:
+            return sum(stream.received_bytes for stream in self._streams)
+
     def fetch(self, chunk: Chunk) -> None:
-        """Send one request; a connection that fails here also ends in the receiving thread."""
+        """Send the requests; a connection that fails here also ends in its receiving thread."""
         offset, nbytes = self._landing.range_of(chunk)
+        parts = _split(nbytes)
+        arrival = _Arrival(chunk=chunk, parts=parts, crcs=[0] * len(parts), left=len(parts))
         with self._lock:
             region = self._regions[chunk.segment]
-            self._next_request_id = (self._next_request_id + 1) % 2**32
-            self._outstanding.append((self._next_request_id, chunk))
-            frame = ReadRequest(
-                request_id=self._next_request_id,
-                region_id=region.region_id,
-                epoch=region.epoch,
-                offset=offset,
-                nbytes=nbytes,
-            ).pack()
-            if self._socket is not None:
+            for number, part in enumerate(parts):
+                stream = self._streams[number]
+                self._next_request_id = (self._next_request_id + 1) % 2**32
+                stream.outstanding.append((self._next_request_id, arrival, number))
+                frame = ReadRequest(
+                    request_id=self._next_request_id,
+                    region_id=region.region_id,
+                    epoch=region.epoch,
+                    offset=offset + part.start,
+                    nbytes=len(part),
+                ).pack()
                 with contextlib.suppress(OSError):
-                    self._socket.sendall(frame)
+                    stream.socket.sendall(frame)
 
     def close(self, reason: str) -> None:
-        """Wake both threads; the receiving one says `UpstreamEnded` when it has stopped."""
+        """Wake all threads; the first one says `UpstreamEnded` when all have stopped."""
         with self._lock:
             self._close_reason = self._close_reason or reason
-            if self._socket is not None:
+            for stream in self._streams:
                 with contextlib.suppress(OSError):
-                    self._socket.shutdown(socket.SHUT_RDWR)
+                    stream.socket.shutdown(socket.SHUT_RDWR)
         self._watch.stop()
 
     def _run(self) -> None:
+        others: list[threading.Thread] = []
+        with self._ending():
+            for _ in range(STREAMS):
+                self._open_stream()
+            for stream in self._streams[1:]:
+                others.append(threading.Thread(target=self._receive, args=(stream,), daemon=True))
+                others[-1].start()
+            self._watch.start()
+            self._receive(self._streams[0])
+        for thread in others:
+            thread.join()
+        self._watch.join()
+        with self._lock:
+            for stream in self._streams:
+                stream.socket.close()
+            reason = self._close_reason
+        self._request.post(ev.UpstreamEnded(link=self._request.link, reason=reason))
+
+    @contextlib.contextmanager
+    def _ending(self) -> Iterator[None]:
+        """Whatever ends the block ends the whole link; the first reason is the one that is told."""
         reason = "closed"
         try:
-            sock = self._open_socket()
-            self._watch.start()
-            while True:
-                self._receive_answer(sock)
+            yield
         except PeerError as error:
             reason = str(error)
         except OSError as error:
@@ -101,24 +157,17 @@ class TcpLink:
             reason = f"{type(error).__name__}: {error}"
             self._request.post(ev.LocalFault(reason=reason))
         finally:
-            self._watch.stop()
-            self._watch.join()
-            with self._lock:
-                if self._socket is not None:
-                    self._socket.close()
-                    self._socket = None
-            self._request.post(ev.UpstreamEnded(link=self._request.link, reason=self._close_reason or reason))
+            self.close(reason)
 
-    def _open_socket(self) -> socket.socket:
+    def _open_stream(self) -> None:
         address = self._request.upstream.data_address
         sock = tcp.new_socket(address)
         with self._lock:
-            self._socket = sock  # from here on `close` interrupts whatever happens with it
+            self._streams.append(_Stream(socket=sock))  # from here on `close` interrupts whatever it does
         self._check_open()
         tcp.connect(sock, address, token=self._token, deadline=Deadline(self._connect_deadline_s))
         sock.settimeout(None)  # the transfer watches progress and closes what does not move
         self._check_open()
-        return sock
 
     def _check_open(self) -> None:
         with self._lock:
@@ -134,29 +183,66 @@ class TcpLink:
         bitmaps = {number: held.verified_chunks for number, held in segments.items()}
         self._request.post(ev.ChunksAnnounced(link=self._request.link, segments=bitmaps))
 
-    def _receive_answer(self, sock: socket.socket) -> None:
-        header = ResponseHeader.unpack(wire.receive_bytes(sock, wire.RESPONSE_BYTES))
+    def _receive(self, stream: _Stream) -> None:
+        with self._ending():
+            while True:
+                self._receive_answer(stream)
+
+    def _receive_answer(self, stream: _Stream) -> None:
+        header = ResponseHeader.unpack(wire.receive_bytes(stream.socket, wire.RESPONSE_BYTES))
         with self._lock:
-            request_id, chunk = self._outstanding.popleft() if self._outstanding else (-1, None)
-        if chunk is None or header.request_id != request_id:
-            raise PeerLostError("the peer answered something that was not asked")
-        link = self._request.link
+            request_id, arrival, number = (
+                stream.outstanding.popleft() if stream.outstanding else (-1, None, 0)
+            )
+            if arrival is None or header.request_id != request_id:
+                raise PeerLostError("the peer answered something that was not asked")
+            if arrival.staged is None:
+                arrival.staged = self._landing.staging(arrival.chunk)
+            staged = arrival.staged
         if header.status is not Status.OK:
-            reason = tcp.refusal(header, wire.receive_bytes(sock, header.nbytes))
-            self._request.post(ev.FetchRefused(link=link, chunk=chunk, reason=str(reason)))
-            return
-        staged = self._landing.staging(chunk)
-        if header.nbytes != len(staged):
-            raise PeerLostError(f"the peer answered {header.nbytes} bytes for chunk {chunk}")
-        for start in range(0, len(staged), RECEIVE_BYTES):
+            text = wire.receive_bytes(stream.socket, header.nbytes)
+            arrival.refusal = str(tcp.refusal(header, text))
+        else:
+            part = arrival.parts[number]
+            if header.nbytes != len(part):
+                raise PeerLostError(f"the peer answered {header.nbytes} bytes for part of {arrival.chunk}")
+            arrival.crcs[number] = self._receive_part(stream, staged[part.start : part.stop])
+        with self._lock:
+            arrival.left -= 1
+            last = not arrival.left
+        if last:
+            self._settle(arrival, staged)
+
+    def _receive_part(self, stream: _Stream, view: memoryview) -> int:
+        """Fill `view`; returns its crc32."""
+        crc = 0
+        for start in range(0, len(view), RECEIVE_BYTES):
             self._check_open()
-            part = staged[start : start + RECEIVE_BYTES]
-            wire.receive_exactly(sock, part)
-            self.received_bytes += len(part)
-        if self._landing.settle(chunk, staged):
+            piece = view[start : start + RECEIVE_BYTES]
+            wire.receive_exactly(stream.socket, piece)
+            stream.received_bytes += len(piece)
+            crc = crc32(piece, crc)
+        return crc
+
+    def _settle(self, arrival: _Arrival, staged: memoryview) -> None:
+        link, chunk = self._request.link, arrival.chunk
+        if arrival.refusal:
+            self._request.post(ev.FetchRefused(link=link, chunk=chunk, reason=arrival.refusal))
+            return
+        crc = 0  # of no bytes
+        for part, part_crc in zip(arrival.parts, arrival.crcs, strict=True):
+            crc = combine(crc, part_crc, len(part))
+        if self._landing.settle(chunk, staged, crc=crc):
             self._request.post(ev.ChunkArrived(link=link, chunk=chunk))
         else:
             self._request.post(ev.ChunkCorrupt(link=link, chunk=chunk))
+
+
+def _split(nbytes: int) -> list[range]:
+    """The parts of a chunk, one a stream."""
+    streams = STREAMS if nbytes >= SPLIT_BYTES_MIN else 1
+    bounds = [nbytes * stream // streams for stream in range(streams + 1)]
+    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def open_link(
