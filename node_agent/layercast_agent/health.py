@@ -17,9 +17,6 @@ class WorkerLimits:
     poll_interval_s: float = 0.1
     """Pause between two questions for a worker's status."""
 
-    idle_poll_interval_s: float = 1.0
-    """The same for a warm worker without a replica, which changes only by a command or by its death."""
-
     poll_deadline_s: float = 1.0
     """How long one answer may take."""
 
@@ -72,12 +69,6 @@ def judge(*, warm: bool, assigned: bool, age_s: float, silent_s: float, limits: 
         reason = f"worker has not answered for {silent_s:.1f} s"
         return Verdict(state=agent_pb2.WORKER_STATE_DEAD, error=reason, kill=silent_s > limits.hung_s)
     return Verdict(state=agent_pb2.WORKER_STATE_ASSIGNED if assigned else agent_pb2.WORKER_STATE_IDLE)
-
-
-def poll_pause_s(*, answered: bool, warm: bool, assigned: bool, limits: WorkerLimits) -> float:
-    """Pause before the next question: long only when there is nothing that could be news."""
-    idle = answered and warm and not assigned
-    return limits.idle_poll_interval_s if idle else limits.poll_interval_s
 
 
 def restart_delay_s(deaths: int, limits: WorkerLimits) -> float:

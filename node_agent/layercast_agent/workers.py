@@ -26,7 +26,7 @@ from layercast.worker.v1alpha1 import worker_pb2 as pb
 from layercast.worker.v1alpha1 import worker_pb2_grpc
 
 from layercast_agent.errors import AgentError
-from layercast_agent.health import Verdict, WorkerLimits, describe_exit, judge, poll_pause_s, restart_delay_s
+from layercast_agent.health import Verdict, WorkerLimits, describe_exit, judge, restart_delay_s
 from layercast_agent.peer_manifest import MESSAGE_OPTIONS
 from layercast_agent.settings import AgentSettings, DeviceSlot
 
@@ -109,7 +109,6 @@ class Worker:
         self._verdict = Verdict(state=agent_pb2.WORKER_STATE_WARMING)
         self._deaths = 0
         self._closing = asyncio.Event()
-        self._commanded = asyncio.Event()  # ends a long pause between two questions
         self._polling = asyncio.Lock()  # answers are kept in the order of their questions
         self._log_path = settings.run_dir / f"worker-{slot.device_id}.log"
         self._pid_path = settings.run_dir / f"worker-{slot.device_id}.pid"
@@ -243,7 +242,6 @@ class Worker:
             if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 raise WorkerLostError(f"worker of {self.slot.device_id} went away: {text}") from None
             raise CommandError(code, text) from None
-        self._commanded.set()
         await self.refresh()
 
     async def _live(self) -> tuple[str, agent_pb2.Replica | None]:
@@ -302,25 +300,12 @@ class Worker:
         began = clock()
         while not ended.done():
             answered = await self.refresh()
-            pause_s = poll_pause_s(
-                answered=answered,
-                warm=life.warm,
-                assigned=life.status.HasField("replica"),
-                limits=self._limits,
-            )
-            await self._pause(ended, pause_s)
+            await asyncio.wait({ended}, timeout=self._limits.poll_interval_s)
             now = clock()
             if not answered:
                 life.silent_s += min(now - began, turn_s_max)
                 self._look(life)
             began = now
-
-    async def _pause(self, ended: asyncio.Task[int], seconds: float) -> None:
-        """Waits until the process ends, a command was obeyed, or the time is over."""
-        self._commanded.clear()
-        commanded = asyncio.create_task(self._commanded.wait())
-        await asyncio.wait({ended, commanded}, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
-        commanded.cancel()
 
     def _look(self, life: _Life) -> None:
         """Judges the process by what is known now."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 
-from layercast_agent.health import WorkerLimits, describe_exit, judge, poll_pause_s, restart_delay_s
+from layercast_agent.health import WorkerLimits, describe_exit, judge, restart_delay_s
 
 LIMITS = WorkerLimits(silent_s=5, hung_s=30, warming_s=180, restart_delay_s=0.2, restart_delay_max_s=30)
 
@@ -44,12 +44,3 @@ def test_rest_before_a_restart_doubles_and_is_bounded() -> None:
 def test_exits_in_words() -> None:
     assert describe_exit(-9) == "worker died: signal 9"
     assert describe_exit(3) == "worker exited with code 3"
-
-
-@pytest.mark.parametrize("answered", [True, False])
-@pytest.mark.parametrize("warm", [True, False])
-@pytest.mark.parametrize("assigned", [True, False])
-def test_only_an_idle_worker_is_asked_rarely(answered: bool, warm: bool, assigned: bool) -> None:
-    limits = WorkerLimits(poll_interval_s=0.1, idle_poll_interval_s=1.0)
-    pause_s = poll_pause_s(answered=answered, warm=warm, assigned=assigned, limits=limits)
-    assert pause_s == (1.0 if answered and warm and not assigned else 0.1)
