@@ -257,8 +257,8 @@ def test_the_schedule_that_ends_sooner_is_chosen() -> None:
     assert inside.method is Method.CHAIN and "inside their nodes" in inside.method_reason
     # Everybody sends in every tick, so nobody whose KV leaves that way goes live.
     prefill = [target(f"t{i:03}", f"m{i}", sends_kv=True) for i in range(63)]
-    ticks = plan([holder("s", "n0")], prefill, checkpoint_bytes=int(40 * MB), **both)
-    assert ticks.method is Method.BINOMIAL and not any(hop.live for hop in ticks.hops)
+    prefilling = plan([holder("s", "n0")], prefill, checkpoint_bytes=int(40 * MB), **both)
+    assert prefilling.method is Method.BINOMIAL and not any(hop.live for hop in prefilling.hops)
 
 
 rates = st.sampled_from([10 * MB, 25 * MB, 50 * MB, 100 * MB])
