@@ -66,7 +66,8 @@ def grow_chains(
             waiting.append(group)  # fed last: a chain ends with them
         else:
             _place(chains, group)
-    for group in waiting:
+    # Those that can do with their own disk come last: they see what the others left of the network.
+    for group in sorted(waiting, key=lambda g: _own_disk(chains, g)[0] is not None):
         _place(chains, group)
     settle(chains.members)
     return chains

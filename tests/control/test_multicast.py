@@ -249,8 +249,8 @@ def test_the_schedule_that_ends_sooner_is_chosen() -> None:
     two = [holder("s", "n0"), holder("z", "n1")]
     shifted = plan(two, many, checkpoint_bytes=int(40 * MB), serving=False, **both)
     assert shifted.method is Method.BINOMIAL and {hop.shift.of for hop in shifted.hops} == {2}
-    blocks, ticks = shifted.groups[0].blocks, ticks_needed(33, shifted.groups[0].blocks)
-    assert shifted.covered_s == pytest.approx(shifted.predicted_s * -(-blocks // 2) / ticks, rel=0.05)
+    blocks, ticked = shifted.groups[0].blocks, ticks_needed(33, shifted.groups[0].blocks)
+    assert shifted.covered_s == pytest.approx(shifted.predicted_s * -(-blocks // 2) / ticked, rel=0.05)
     few = plan([holder("s", "n0")], many[:2], **both)
     assert few.method is Method.CHAIN and "chains are no slower" in few.method_reason
     inside = plan([holder("s", "n0")], [target("x", "n1"), target("y", "n1")], **both)
