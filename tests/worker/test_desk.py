@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
@@ -128,12 +129,16 @@ async def test_what_cannot_be_served_is_refused_and_what_finds_no_room_is_given_
     bench.desk.submit(request("longer", prompt=64))
     events = await bench.until("failed", "longer")
     assert "64" in next(e.failed.message for e in events if e.request_id == "longer" and e.HasField("failed"))
+    full = threading.Event()
+    held = bench.loop.call(lambda engine: full.wait(20))  # no turn in between: the queue of two fills up
     for index in range(12):
         bench.desk.submit(request(f"r{index}", max_tokens=30))
+    full.set()
     returned = await bench.until("returned", "r11")
-    assert "wait already" in next(
-        e.returned.reason for e in returned if e.request_id == "r11" and e.HasField("returned")
-    )
+    assert await asyncio.wrap_future(held)
+    refused = [e for e in returned if e.HasField("returned")]
+    assert {f"r{index}" for index in range(2, 12)} <= {e.request_id for e in refused}
+    assert all("wait already" in e.returned.reason for e in refused)
 
 
 async def test_a_cancelled_request_says_nothing_more(bench: Bench) -> None:
