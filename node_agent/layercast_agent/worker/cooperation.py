@@ -28,7 +28,7 @@ from layercast_agent.errors import AgentError
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import LoopView
-from layercast_agent.worker.handoffs import HandoffShelf, fetch_state
+from layercast_agent.worker.handoffs import HandoffShelf, admit, fetch_state
 
 log = logging.getLogger(__name__)
 
@@ -247,20 +247,13 @@ class Cooperation:
         return taken
 
     async def _import(self, link: Link, seq: Sequence, handoff: pb.Handoff) -> bool:
-        def add(engine: Engine) -> None:
-            engine.add(seq)
-            try:
-                if state is not None:
-                    engine.import_state(seq, handoff.layers_done, state)
-            except AgentError:
-                engine.release(seq)
-                raise
-
         try:
             state = await fetch_state(handoff, giver=link.peer, token=self._token)
             self._desk.own(seq, layers_done=handoff.layers_done)
             self._taken_from[seq.request_id] = link.peer.peer_id
-            await self._desk.ask(add)
+            await self._desk.ask(
+                lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state)
+            )
             self._taken_in_turn = self._look().turns
         except AgentError as error:
             log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import torch
 from layercast.peer.v1alpha1 import peer_pb2 as pb
 
+from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence
-from layercast_agent.errors import CorruptChunkError
+from layercast_agent.errors import AgentError, CorruptChunkError
 from layercast_agent.regions import RegionRef, RegionTable
 from layercast_agent.transport.tcp import read_region
 from layercast_agent.worker import wire
@@ -124,3 +125,15 @@ async def fetch_state(handoff: pb.Handoff, *, giver: pb.Peer, token: bytes) -> b
             f"the state of request {handoff.request.request_id} from {giver.peer_id} does not match its checksum"
         )
     return data
+
+
+def admit(engine: Engine, seq: Sequence, *, layers_done: int, state: bytearray | memoryview | None) -> None:
+    """Queues a request that came with its state, wholly or not at all. On the engine thread; raises AgentError."""
+    engine.add(seq)
+    if state is None:
+        return
+    try:
+        engine.import_state(seq, layers_done, state)
+    except AgentError:
+        engine.release(seq)
+        raise

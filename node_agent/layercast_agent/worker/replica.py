@@ -28,7 +28,7 @@ from layercast_agent.worker import wire
 from layercast_agent.worker.cooperation import Cooperation
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import EngineLoop, live_request
-from layercast_agent.worker.handoffs import HandoffShelf, Lease, fetch_state
+from layercast_agent.worker.handoffs import HandoffShelf, Lease, admit, fetch_state
 from layercast_agent.worker.host import WorkerHost
 from layercast_agent.worker.loading import ModelMemory
 
@@ -190,17 +190,8 @@ class Replica:
     async def _import(self, seq: Sequence, handoff: peer_pb2.Handoff, giver: peer_pb2.Peer) -> None:
         state = await fetch_state(handoff, giver=giver, token=self._host.settings.token)
 
-        def add(engine: Engine) -> None:
-            engine.add(seq)
-            if state is not None:
-                try:
-                    engine.import_state(seq, handoff.layers_done, state)
-                except AgentError:
-                    engine.release(seq)
-                    raise
-
         self.desk.own(seq, layers_done=handoff.layers_done)
-        await self.desk.ask(add)
+        await self.desk.ask(lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state))
 
     async def give(self, request: peer_pb2.TakeHandoffRequest) -> peer_pb2.TakeHandoffResponse:
         """PeerService.TakeHandoff: the earliest waiting request, at the next layer boundary."""
@@ -246,13 +237,10 @@ class Replica:
         if seq.request_id not in self.desk.owned:
             return
 
-        def add(engine: Engine) -> None:
-            engine.add(seq)
-            if lease.memory is not None:
-                engine.import_state(seq, lease.layers_done, lease.memory.view(0, lease.memory.nbytes))
-
+        memory = lease.memory
+        state = memory.view(0, memory.nbytes) if memory is not None else None
         try:
-            await self.desk.ask(add)
+            await self.desk.ask(lambda engine: admit(engine, seq, layers_done=lease.layers_done, state=state))
         except AgentError as error:
             self.desk.give_back([seq], reason=str(error))
 
