@@ -29,6 +29,7 @@ from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
 from layercast_agent.sources import parse_source
 from layercast_agent.store import Phase, Progress, Store
+from layercast_agent.tensor_parallel import DEGREES
 from layercast_agent.workers import CommandError
 
 log = logging.getLogger(__name__)
@@ -53,6 +54,8 @@ class Wanted:
     source: str
     revision: str
     dtype: str
+    rank: int = 0
+    ranks: int = 1
 
 
 class Checkpoints:
@@ -97,6 +100,9 @@ class Checkpoints:
         """AgentService.PrepareCheckpoint; returns at once. CommandError with a code of its table."""
         if not wanted.key:
             raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, "key is missing")
+        if wanted.ranks not in DEGREES or not wanted.rank < wanted.ranks:
+            text = f"there is no rank {wanted.rank} of {wanted.ranks} ranks"
+            raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, text)
         try:
             parse_source(wanted.source, wanted.revision)
         except CheckpointError as error:
@@ -108,7 +114,7 @@ class Checkpoints:
                 if first != wanted:
                     text = (
                         f"key {wanted.key!r} stands for source {first.source!r}, revision {first.revision!r}, "
-                        f"dtype {first.dtype!r}"
+                        f"dtype {first.dtype!r}, rank {first.rank} of {first.ranks}"
                     )
                     raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, text)
                 return
@@ -149,6 +155,8 @@ class Checkpoints:
                 source=wanted.source,
                 revision=wanted.revision,
                 dtype=wanted.dtype,
+                rank=wanted.rank,
+                ranks=wanted.ranks,
                 progress=lambda progress: self._set(_under_way(wanted.key, progress)),
             )
         except AgentError as error:

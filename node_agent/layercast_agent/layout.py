@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from layercast_agent.errors import CheckpointError
+from layercast_agent.tensor_parallel import Split, part_of
 
 CHUNK_BYTES = 4 * 1024 * 1024
 TENSOR_ALIGNMENT = 64  # a cache line, and what vectorised kernels and GPU copies want
@@ -81,6 +82,8 @@ class Manifest:
 
     `digest` is the sha256 of all the rest, so it names the content of every chunk and every small file. `dtype`
     is "float32", "bfloat16" or "float16". `config` is config.json. `file_sha256[i]` belongs to `file_names[i]`.
+    With `ranks` > 1 it is the share of one rank (`tensor_parallel`): tensors have the shapes of the parts that the rank
+    holds, everything else is that of the whole model.
     """
 
     digest: str
@@ -90,6 +93,8 @@ class Manifest:
     config: Mapping[str, Any]
     file_names: tuple[str, ...]
     file_sha256: tuple[str, ...] = field(default=())
+    rank: int = 0
+    ranks: int = 1
 
     @property
     def layers(self) -> int:
@@ -165,12 +170,15 @@ def segment_index(tensor: str, layers: int) -> int:
     )
 
 
-def plan_segments(tensors: Mapping[str, tuple[str, tuple[int, ...]]], layers: int) -> tuple[SegmentSpec, ...]:
-    """Places every tensor: `tensors` maps parameter name to (safetensors dtype, shape).
+def plan_segments(
+    tensors: Mapping[str, tuple[str, tuple[int, ...]]], layers: int, split: Split | None = None
+) -> tuple[SegmentSpec, ...]:
+    """Places every tensor: `tensors` maps parameter name to (safetensors dtype, whole shape).
 
-    Returns embed, layer 0..layers-1, head, without checksums. The answer depends on the mapping's content only,
-    not on its order. CheckpointError for a tensor that belongs nowhere, has no elements or an unusable dtype, and
-    for a segment that would be empty.
+    Returns embed, layer 0..layers-1, head, without checksums; with a `split` those of one rank, in which each tensor
+    is the part that `tensor_parallel.part_of` gives it. The answer depends on the mapping's content only, not on its
+    order. CheckpointError for a tensor that belongs nowhere, has no elements or an unusable dtype or cannot be
+    split, and for a segment that would be empty.
     """
     if layers < 1:
         raise CheckpointError(f"a model of {layers} layers is none")
@@ -181,7 +189,7 @@ def plan_segments(tensors: Mapping[str, tuple[str, tuple[int, ...]]], layers: in
     for index, names in enumerate(members):
         if not names:
             raise CheckpointError(f"the checkpoint has no tensor for segment {segment_name(index, layers)}")
-        placed = _place({name: tensors[name] for name in sorted(names, key=_order)})
+        placed = _place({name: _held(name, *tensors[name], split) for name in sorted(names, key=_order)})
         nbytes = placed[-1].offset + placed[-1].nbytes
         segments.append(
             SegmentSpec(index=index, name=segment_name(index, layers), nbytes=nbytes, tensors=placed)
@@ -196,6 +204,8 @@ def seal(
     config: Mapping[str, Any],
     files: Mapping[str, str],
     chunk_bytes: int = CHUNK_BYTES,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Manifest:
     """The manifest of packed segments. `files` maps each small file's name to its sha256 (hex)."""
     names = tuple(sorted(files))
@@ -207,6 +217,8 @@ def seal(
         config=config,
         file_names=names,
         file_sha256=tuple(files[name] for name in names),
+        rank=rank,
+        ranks=ranks,
     )
     return replace(draft, digest=digest_of(draft))
 
@@ -221,6 +233,11 @@ def _order(name: str) -> tuple[int, str]:
         if name.endswith(suffix):
             return rank, name
     return len(_LAYER_ORDER), name
+
+
+def _held(name: str, dtype: str, shape: tuple[int, ...], split: Split | None) -> tuple[str, tuple[int, ...]]:
+    part = None if split is None else part_of(name, shape, split)
+    return dtype, shape if part is None else part.shape(shape)
 
 
 def _place(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[TensorSpec, ...]:
@@ -240,7 +257,9 @@ def _place(tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> tuple[TensorSp
 
 
 def _content(manifest: Manifest) -> dict[str, Any]:
+    shared = {"tensor_parallel": {"rank": manifest.rank, "ranks": manifest.ranks}}
     return {
+        **(shared if manifest.ranks > 1 else {}),
         "format": FORMAT,
         "chunk_bytes": manifest.chunk_bytes,
         "dtype": manifest.dtype,
@@ -274,6 +293,10 @@ def _parse(content: Any) -> Manifest:
             )
         (checksum,) = _integers([said["checksum"]])
         segments.append(replace(plan, chunk_crc32=crcs, checksum=checksum))
+    share = content.get("tensor_parallel", {"rank": 0, "ranks": 1})
+    rank, ranks = _integers([share["rank"], share["ranks"]])
+    if not 0 <= rank < ranks:
+        raise CheckpointError(f"there is no rank {rank} of {ranks}")
     return Manifest(
         digest=content["digest"],
         chunk_bytes=chunk_bytes,
@@ -282,6 +305,8 @@ def _parse(content: Any) -> Manifest:
         config=content["config"],
         file_names=tuple(_file_name(file["name"]) for file in content["files"]),
         file_sha256=tuple(file["sha256"] for file in content["files"]),
+        rank=rank,
+        ranks=ranks,
     )
 
 

@@ -12,21 +12,21 @@ import os
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from io import RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
 from layercast_agent.checksum import SegmentChecksum
 from layercast_agent.errors import CheckpointError
 from layercast_agent.layout import DTYPE_NAMES, ITEM_BYTES, Manifest, SegmentSpec, plan_segments, seal
-from layercast_agent.parameters import layer_count, select
+from layercast_agent.parameters import layer_count, select, tensor_split
 from layercast_agent.precision import convert
 from layercast_agent.safetensors_header import StoredTensor, packed_header
 from layercast_agent.source_checkpoint import SourceCheckpoint
+from layercast_agent.stored_bytes import blocks_of
+from layercast_agent.tensor_parallel import Part, Split, part_of
 
 MANIFEST_FILE = "manifest.json"
 FILES_FOLDER = "files"
-READ_BYTES = 4 * 1024 * 1024
 
 Report = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
@@ -45,19 +45,23 @@ def pack(
     chunk_bytes: int,
     report: Report,
     reserve: Callable[[int], None] = lambda nbytes: None,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Manifest:
     """Writes the packed form into `folder`, which exists and is empty.
 
     `dtype` is "float32", "bfloat16", "float16", or empty for the checkpoint's own: the one that most of its bytes
-    have. `reserve` is told the size before the first byte is written and may raise. CheckpointError names file,
-    tensor and offset; OSError is the target disk's.
+    have. `reserve` is told the size before the first byte is written and may raise. With `ranks` > 1 only the share of
+    one rank is packed. CheckpointError names file, tensor and offset; OSError is the target disk's.
     """
     selection = select(source.config, source.tensors)
     if selection.equal is not None:
         _check_equal(*selection.equal)
     word = _dtype_word(dtype, selection.tensors)
     shapes = {name: (word, tensor.shape) for name, tensor in selection.tensors.items()}
-    plans = plan_segments(shapes, layer_count(source.config))
+    split = tensor_split(source.config, rank=rank, ranks=ranks) if ranks > 1 else None
+    plans = plan_segments(shapes, layer_count(source.config), split)
+    parts = {name: (tensor, _part(name, tensor, split)) for name, tensor in selection.tensors.items()}
     total = sum(plan.nbytes for plan in plans)
     reserve(total)
     report(0, total)
@@ -70,13 +74,15 @@ def pack(
             done += nbytes
             report(done, total)
 
-        segments.append(_pack_segment(folder, plan, selection.tensors, chunk_bytes, wrote))
+        segments.append(_pack_segment(folder, plan, parts, chunk_bytes, wrote))
     manifest = seal(
         segments=segments,
         dtype=DTYPE_NAMES[word],
         config=source.config,
         files={name: hashlib.sha256(content).hexdigest() for name, content in source.files.items()},
         chunk_bytes=chunk_bytes,
+        rank=rank,
+        ranks=ranks,
     )
     (folder / FILES_FOLDER).mkdir()
     for name, content in source.files.items():
@@ -135,7 +141,7 @@ class _ChunkWriter:
 def _pack_segment(
     folder: Path,
     plan: SegmentSpec,
-    tensors: Mapping[str, StoredTensor],
+    parts: Mapping[str, tuple[StoredTensor, Part | None]],
     chunk_bytes: int,
     wrote: Callable[[int], None],
 ) -> SegmentSpec:
@@ -144,7 +150,7 @@ def _pack_segment(
         writer = _ChunkWriter(file, chunk_bytes=chunk_bytes, wrote=wrote)
         for tensor in plan.tensors:
             writer.write(memoryview(bytes(tensor.offset - writer.position)))
-            for block in _converted(tensors[tensor.name], tensor.dtype):
+            for block in _converted(*parts[tensor.name], tensor.dtype):
                 writer.write(block)
         sealed = writer.finish(plan)
         file.flush()
@@ -152,64 +158,29 @@ def _pack_segment(
     return sealed
 
 
-def _converted(stored: StoredTensor, dtype: str) -> Iterator[memoryview]:
-    position = stored.offset
-    for block in _blocks(stored):
+def _part(name: str, stored: StoredTensor, split: Split | None) -> Part | None:
+    return None if split is None else part_of(name, stored.shape, split)
+
+
+def _converted(stored: StoredTensor, part: Part | None, dtype: str) -> Iterator[memoryview]:
+    for offset, block in blocks_of(stored, part):
         try:
             yield convert(block, source=stored.dtype, target=dtype)
         except OverflowError as error:
             raise CheckpointError(
-                str(error), file=stored.file, tensor=stored.name, offset_bytes=position
+                str(error), file=stored.file, tensor=stored.name, offset_bytes=offset
             ) from error
-        position += len(block)
-
-
-def _blocks(stored: StoredTensor) -> Iterator[memoryview]:
-    """The tensor's bytes in order; a block is valid until the next one is asked for."""
-    buffer = memoryview(bytearray(min(READ_BYTES, stored.nbytes)))
-    done = 0
-    try:
-        with stored.file.open("rb", buffering=0) as file:
-            file.seek(stored.offset)
-            while done < stored.nbytes:
-                block = buffer[: min(len(buffer), stored.nbytes - done)]
-                _read_full(file, block, stored, done)
-                yield block
-                done += len(block)
-    except OSError as error:
-        raise CheckpointError(
-            f"cannot be read: {error.strerror}",
-            file=stored.file,
-            tensor=stored.name,
-            offset_bytes=stored.offset + done,
-        ) from error
-
-
-def _read_full(file: RawIOBase, block: memoryview, stored: StoredTensor, done: int) -> None:
-    filled = 0
-    while filled < len(block):
-        count = file.readinto(block[filled:])
-        if not count:
-            raise CheckpointError(
-                "the file became shorter while it was read",
-                file=stored.file,
-                tensor=stored.name,
-                offset_bytes=stored.offset + done + filled,
-            )
-        filled += count
 
 
 def _check_equal(one: StoredTensor, other: StoredTensor) -> None:
-    position = 0
-    for left, right in zip(_blocks(one), _blocks(other), strict=True):
+    for (_, left), (offset, right) in zip(blocks_of(one), blocks_of(other), strict=True):
         if left != right:
             raise CheckpointError(
                 f"config.json ties it to {one.name}, but their values differ",
                 file=other.file,
                 tensor=other.name,
-                offset_bytes=other.offset + position,
+                offset_bytes=offset,
             )
-        position += len(left)
 
 
 def _dtype_word(dtype: str, tensors: Mapping[str, StoredTensor]) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 from layercast_agent.errors import CheckpointError
 from layercast_agent.layout import segment_index
 from layercast_agent.safetensors_header import StoredTensor
+from layercast_agent.tensor_parallel import Split
 
 EMBED = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
@@ -22,7 +23,7 @@ LAYERS_MAX = 10_000
 
 # Whether the family ties input and output embeddings when its config does not say.
 _TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gemma2": True}
-_HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "gemma2": 256}
+_HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "gpt_oss": 64}
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -41,6 +42,19 @@ class Selection:
 def layer_count(config: Mapping[str, Any]) -> int:
     """Transformer layers that the config asks for."""
     return _size(config, "num_hidden_layers", most=LAYERS_MAX)
+
+
+def tensor_split(config: Mapping[str, Any], *, rank: int, ranks: int) -> Split:
+    """One rank of a tensor-parallel replica of this model. CheckpointError when its heads cannot be shared out."""
+    heads = _size(config, "num_attention_heads")
+    by_default = _HEAD_DIM_BY_DEFAULT.get(str(config.get("model_type")))
+    return Split(
+        rank=rank,
+        ranks=ranks,
+        heads=heads,
+        kv_heads=_size(config, "num_key_value_heads", default=heads),
+        head_dim=_size(config, "head_dim", default=by_default or _size(config, "hidden_size") // heads),
+    )
 
 
 def select(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Selection:

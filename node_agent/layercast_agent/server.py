@@ -50,7 +50,12 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
     ) -> pb.PrepareCheckpointResponse:
         """Orders it; the rest is in GetStatus."""
         wanted = Wanted(
-            key=request.key, source=request.source, revision=request.revision, dtype=request.dtype
+            key=request.key,
+            source=request.source,
+            revision=request.revision,
+            dtype=request.dtype,
+            rank=request.rank,
+            ranks=request.tensor_parallel or 1,
         )
         async with _codes(context):
             self._agent.checkpoints.prepare(wanted)

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 from layercast_agent.checkpoint_files import PackedCheckpoint, read_files
@@ -64,6 +65,8 @@ class _Key:
     source: str
     revision: str
     dtype: str
+    rank: int
+    ranks: int
 
 
 class Store:
@@ -97,15 +100,18 @@ class Store:
         revision: str,
         dtype: str,
         progress: Callable[[Progress], None],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Manifest:
         """Makes a checkpoint available, packed, and remembers it under `key`. Blocks; run it in a thread.
 
         Idempotent: a key that was prepared before from the same source, revision and dtype answers at once, and
-        callers that ask for it at the same time, in any process, share one packing. `dtype` as in `packing.pack`.
+        callers that ask for it at the same time, in any process, share one packing. `dtype` as in `packing.pack`. With
+        `ranks` > 1 it is the share of one rank, a checkpoint of its own; ranks need keys of their own.
         `progress` is called from this thread and from download threads; what it raises in this thread stops the
         preparation. Raises CheckpointError, or NoCapacityError when the disk is full.
         """
-        wanted = _Key(key=key, source=source, revision=revision, dtype=dtype)
+        wanted = _Key(key=key, source=source, revision=revision, dtype=dtype, rank=rank, ranks=ranks)
         parsed = parse_source(source, revision)
         with self._locked(_file_name(key)):
             known = self._remembered(wanted)
@@ -151,6 +157,8 @@ class Store:
                 chunk_bytes=self._chunk_bytes,
                 report=report,
                 reserve=self._reserve,
+                rank=wanted.rank,
+                ranks=wanted.ranks,
             )
             self._install(staging, manifest)
         finally:
@@ -210,7 +218,7 @@ class Store:
             return None
         return self._admit(recorded["digest"])
 
-    def _read_key(self, key: str) -> dict[str, str] | None:
+    def _read_key(self, key: str) -> dict[str, Any] | None:
         path = self._root / "keys" / f"{_file_name(key)}.json"
         try:
             recorded = json.loads(path.read_bytes())
@@ -250,8 +258,10 @@ class Store:
                 log.info("removed what a crashed packing left", extra={"folder": str(staging)})
 
 
-def _record(wanted: _Key, digest: str) -> dict[str, str]:
+def _record(wanted: _Key, digest: str) -> dict[str, Any]:
+    share = {"rank": wanted.rank, "ranks": wanted.ranks}
     return {
+        **(share if wanted.ranks > 1 else {}),
         "key": wanted.key,
         "source": wanted.source,
         "revision": wanted.revision,

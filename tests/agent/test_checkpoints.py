@@ -216,7 +216,15 @@ class BrokenStore(Store):
     """A store that fails as no store should."""
 
     def prepare(
-        self, *, key: str, source: str, revision: str, dtype: str, progress: Callable[[Progress], None]
+        self,
+        *,
+        key: str,
+        source: str,
+        revision: str,
+        dtype: str,
+        progress: Callable[[Progress], None],
+        rank: int = 0,
+        ranks: int = 1,
     ) -> Manifest:
         raise ZeroDivisionError("a bug in a library")
 

@@ -554,14 +554,25 @@ class PrepareCheckpointRequest(_message.Message):
     SOURCE_FIELD_NUMBER: _builtins.int
     REVISION_FIELD_NUMBER: _builtins.int
     DTYPE_FIELD_NUMBER: _builtins.int
+    TENSOR_PARALLEL_FIELD_NUMBER: _builtins.int
+    RANK_FIELD_NUMBER: _builtins.int
     key: _builtins.str
-    """Chosen by the caller: one key, one (source, revision, dtype)."""
+    """Chosen by the caller: one key, one (source, revision, dtype, rank, ranks)."""
     source: _builtins.str
     """`file:///path`, `hf://org/name` or `pvc://claim/path`."""
     revision: _builtins.str
     """Branch, tag or commit for hf; empty means the default."""
     dtype: _builtins.str
     """`float32`, `bfloat16`, `float16`, or empty for the checkpoint's own."""
+    tensor_parallel: _builtins.int
+    """Tensor-parallel ranks among which the parameters are shared: 1, 2, 4 or 8;
+    0 means 1, the whole checkpoint.
+    """
+    rank: _builtins.int
+    """Whose share is wanted, below `tensor_parallel`. Each rank's share is a
+    checkpoint of its own, with its own key and digest, and is transferred from
+    rank to rank.
+    """
     def __init__(
         self,
         *,
@@ -569,10 +580,12 @@ class PrepareCheckpointRequest(_message.Message):
         source: _builtins.str = ...,
         revision: _builtins.str = ...,
         dtype: _builtins.str = ...,
+        tensor_parallel: _builtins.int = ...,
+        rank: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "key", b"key", "revision", b"revision", "source", b"source"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["dtype", b"dtype", "key", b"key", "rank", b"rank", "revision", b"revision", "source", b"source", "tensor_parallel", b"tensor_parallel"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -88,6 +88,7 @@ class AgentServiceServicer(object):
         | condition                   | code                | the caller then             |
         |-----------------------------|---------------------|-----------------------------|
         | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
+        | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

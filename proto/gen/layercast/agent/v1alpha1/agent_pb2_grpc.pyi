@@ -50,6 +50,7 @@ class AgentServiceStub:
     | condition                   | code                | the caller then             |
     |-----------------------------|---------------------|-----------------------------|
     | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
+    | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
     """
     StartReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.StartReplicaRequest, _agent_pb2.StartReplicaResponse]
     """StartReplica assigns a warm, idle worker to a model and plans its memory.
@@ -104,6 +105,7 @@ class AgentServiceAsyncStub(AgentServiceStub):
     | condition                   | code                | the caller then             |
     |-----------------------------|---------------------|-----------------------------|
     | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
+    | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
     """
     StartReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.StartReplicaRequest, _agent_pb2.StartReplicaResponse]  # type: ignore[assignment]
     """StartReplica assigns a warm, idle worker to a model and plans its memory.
@@ -167,6 +169,7 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         | condition                   | code                | the caller then             |
         |-----------------------------|---------------------|-----------------------------|
         | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
+        | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
         """
 
     @_abc_1.abstractmethod
