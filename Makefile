@@ -76,7 +76,7 @@ check-style: $(STAMP)
 	$(call quietly,ruff format,$(BIN)/ruff format --check .)
 
 check-types: $(STAMP)
-	$(call quietly,mypy,$(BIN)/mypy operator gateway node_agent cli tests)
+	$(call quietly,mypy,$(BIN)/mypy operator gateway node_agent cli tests bench)
 
 check-imports: $(STAMP)
 	$(call quietly,import contracts,$(BIN)/lint-imports --no-logo)

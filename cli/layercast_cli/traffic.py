@@ -64,7 +64,7 @@ class Traffic:
         """Requests that have been sent and not yet ended."""
         return self.sent - len(self.records)
 
-    async def ask(self, prompt: int, *, phase: str) -> RequestRecord:
+    async def ask(self, prompt: int, *, phase: str, max_tokens: int | None = None) -> RequestRecord:
         """Sends one request and waits for its end; a failure is a record with an error, never an
         exception."""
         index, self.sent = self.sent, self.sent + 1
@@ -74,7 +74,7 @@ class Traffic:
         finish, error = "", ""
         try:
             async with asyncio.timeout(self._deadline_s):
-                async for text, reason in self._stream(self._body(prompt)):
+                async for text, reason in self._stream(self._body(prompt, max_tokens or self._max_tokens)):
                     if text:
                         token_at.append(time.time())
                         pieces.append(text)
@@ -126,23 +126,24 @@ class Traffic:
             if not await _until(started + due, stop=stop):
                 break
             await self._room.acquire()
-            task = asyncio.create_task(self.ask(self._next_prompt(), phase=phase))
-            self._tasks.add(task)
-            task.add_done_callback(self._ended)
+            self.start(self._next_prompt(), phase=phase).add_done_callback(lambda _: self._room.release())
             # The task has not run yet: `sent` counts it only once it has.
             await asyncio.sleep(0)
             count += 1
         await _until(started + seconds, stop=stop)
         return count
 
+    def start(self, prompt: int, *, phase: str, max_tokens: int | None = None) -> asyncio.Task[RequestRecord]:
+        """Sends one request without waiting for it (see `finish`)."""
+        task = asyncio.create_task(self.ask(prompt, phase=phase, max_tokens=max_tokens))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
     async def finish(self) -> None:
         """Waits until every request has ended; bounded, for each request is."""
         if self._tasks:
             await asyncio.wait(set(self._tasks))
-
-    def _ended(self, task: asyncio.Task[RequestRecord]) -> None:
-        self._tasks.discard(task)
-        self._room.release()
 
     def _next_prompt(self) -> int:
         """Every prompt once in shuffled order, then again in another order."""
@@ -151,12 +152,12 @@ class Traffic:
             self._random.shuffle(self._order)
         return self._order.pop()
 
-    def _body(self, prompt: int) -> dict[str, Any]:
+    def _body(self, prompt: int, max_tokens: int) -> dict[str, Any]:
         return {
             "model": self._model,
             "messages": [{"role": "user", "content": self._prompts[prompt]}],
             "temperature": 0,
-            "max_tokens": self._max_tokens,
+            "max_tokens": max_tokens,
             "stream": True,
         }
 

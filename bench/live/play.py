@@ -1,0 +1,223 @@
+"""Plays one list of arrivals against one local cluster under one policy, and writes down what happened."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+from bench.live.arrivals import Shape
+from bench.live.prompts import PromptBook
+
+from layercast_cli.errors import ClusterError
+from layercast_cli.local import LocalCluster
+from layercast_cli.programs import ClusterSettings
+from layercast_cli.records import RequestRecord, Sample
+from layercast_cli.status import Scale
+from layercast_cli.traffic import Traffic
+from layercast_cli.watch import Watch
+
+MODEL = "bench"
+READY_DEADLINE_S = 180.0
+REQUEST_DEADLINE_S = 240.0
+CALIBRATION_PROMPTS = 12
+SLOTS = 8
+"""Requests at once in the closed loop that finds a replica's capacity."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What all policies have in common. Rates in bytes a second, 0 is no limit."""
+
+    model_dir: Path
+    state_dir: Path
+    agents: int
+    max_tokens: int
+    context_length: int
+    link_bytes_per_s: int = 0
+    disk_bytes_per_s: int = 0
+    host_pool_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """One replica at rest: the right answers by prompt, and how fast it is.
+
+    `ttft_s` and `tbt_s` are means of single requests; `capacity` is requests a second with a full batch.
+    """
+
+    answers: Mapping[int, str]
+    capacity: float
+    ttft_s: float
+    tbt_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Played:
+    """One policy's run. `started_at` is when the arrivals began (unix seconds)."""
+
+    policy: str
+    started_at: float
+    ended_at: float
+    requests: tuple[RequestRecord, ...]
+    samples: tuple[Sample, ...]
+    scales: tuple[Scale, ...]
+    handoffs: float
+
+
+def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> dict[str, Any]:
+    """The ModelService of a run. `replicas` == `highest` is a fixed number."""
+    return {
+        "apiVersion": "layercast.dev/v1alpha1",
+        "kind": "ModelService",
+        "metadata": {"name": MODEL},
+        "spec": {
+            # fp32: only there is a greedy answer the same for every batch and every split between replicas.
+            "model": {"source": f"file://{setting.model_dir}", "revision": "", "dtype": "float32"},
+            "replicas": replicas,
+            "scaling": {
+                "min": replicas,
+                "max": highest,
+                "mode": "Auto",
+                "policy": policy,
+                "targets": {
+                    "queueSeconds": {"low": 0.4, "high": 0.8},
+                    "kvUtilization": {"low": 0.75, "high": 0.95},
+                    "prefillTokensPerSecond": 0,
+                },
+                "windows": {"scaleDownSeconds": 30},
+            },
+            "serving": {"contextLength": setting.context_length, "batchSize": 16},
+            "drain": {"graceSeconds": 20},
+        },
+    }
+
+
+def cluster(setting: Setting, *, policy: str, replicas: int, highest: int) -> LocalCluster:
+    """A cluster with that service; not started."""
+    return LocalCluster(
+        ClusterSettings(
+            state_dir=setting.state_dir,
+            services=(service(setting, policy=policy, replicas=replicas, highest=highest),),
+            agents=setting.agents,
+            link_bytes_per_s=setting.link_bytes_per_s,
+            gateway_flags=("--queue-requests-max", "4096"),
+            fresh=True,
+        )
+    )
+
+
+def calibrate(setting: Setting, book: PromptBook) -> Calibration:
+    """Measures one replica of a cluster that is otherwise like those of the runs."""
+    running = cluster(setting, policy="stop-the-world", replicas=1, highest=1)
+    with running:
+        running.wait_ready(MODEL, deadline_s=READY_DEADLINE_S)
+        return asyncio.run(_calibrate(running, setting, book))
+
+
+async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) -> Calibration:
+    async with _session() as session:
+        traffic = _traffic(session, running, setting, book)
+        everything = range(len(book.texts))
+        single = await traffic.few_at_a_time(
+            list(everything)[:CALIBRATION_PROMPTS], phase="single", concurrency=1
+        )
+        began = time.monotonic()
+        twice = [*everything, *everything]
+        full = await traffic.few_at_a_time(twice, phase="full", concurrency=SLOTS)
+        elapsed = time.monotonic() - began
+    broken = [each for each in (*single, *full) if not each.ok]
+    if broken:
+        raise ClusterError(f"a request of the calibration failed: {broken[0].error}")
+    gaps = [gap for each in single for gap in each.tbt_s]
+    return Calibration(
+        answers={each.prompt: each.text for each in full},
+        capacity=len(twice) / elapsed,
+        ttft_s=sum(each.ttft_s or 0.0 for each in single) / len(single),
+        tbt_s=sum(gaps) / max(1, len(gaps)),
+    )
+
+
+def play(
+    setting: Setting, book: PromptBook, shape: Shape, *, policy: str, replicas: int, highest: int
+) -> Played:
+    """One run. Raises ClusterError when a process does not stay up."""
+    running = cluster(setting, policy=policy, replicas=replicas, highest=highest)
+    with running:
+        running.wait_ready(MODEL, deadline_s=READY_DEADLINE_S, serving=replicas)
+        return asyncio.run(_play(running, setting, book, shape, policy=policy))
+
+
+async def _play(
+    running: LocalCluster, setting: Setting, book: PromptBook, shape: Shape, *, policy: str
+) -> Played:
+    async with _session() as session:
+        traffic = _traffic(session, running, setting, book)
+        watch = Watch(
+            session,
+            metrics_url=f"{running.gateway_url}/metrics",
+            model=MODEL,
+            read_status=lambda: running.status(MODEL),
+            sent=lambda: traffic.sent,
+        )
+        await traffic.few_at_a_time(range(min(4, len(book.texts))), phase="warm", concurrency=1)
+        looking = asyncio.create_task(watch.run())
+        started_at = time.time()
+        try:
+            await _send(traffic, book, shape, phase=policy)
+            await traffic.finish()
+            await watch.look()
+        finally:
+            looking.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await looking
+    problem = running.broken()
+    if problem:
+        raise ClusterError(problem)
+    return Played(
+        policy=policy,
+        started_at=started_at,
+        ended_at=time.time(),
+        requests=tuple(
+            sorted((r for r in traffic.records if r.phase == policy), key=lambda each: each.index)
+        ),
+        samples=tuple(watch.samples),
+        scales=tuple(watch.scales.values()),
+        handoffs=watch.handoffs,
+    )
+
+
+async def _send(traffic: Traffic, book: PromptBook, shape: Shape, *, phase: str) -> None:
+    """Each request when its time has come, whether or not earlier ones were answered."""
+    began = time.monotonic()
+    for turn, arrival in enumerate(shape.arrivals):
+        await asyncio.sleep(max(0.0, began + arrival.at_s - time.monotonic()))
+        prompt = book.pick(arrival.prompt_tokens, turn)
+        traffic.start(prompt, phase=phase, max_tokens=arrival.output_tokens)
+    await asyncio.sleep(max(0.0, began + shape.seconds - time.monotonic()))
+
+
+def _session() -> aiohttp.ClientSession:
+    # Each request has its own deadline; aiohttp's default of five minutes in all would only hide it.
+    timeout = aiohttp.ClientTimeout(total=None, sock_connect=10)
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+
+
+def _traffic(
+    session: aiohttp.ClientSession, running: LocalCluster, setting: Setting, book: PromptBook
+) -> Traffic:
+    return Traffic(
+        session,
+        url=running.gateway_url,
+        model=MODEL,
+        prompts=book.texts,
+        max_tokens=setting.max_tokens,
+        seed=0,
+        requests_max=1 << 20,
+        deadline_s=REQUEST_DEADLINE_S,
+    )

@@ -1,0 +1,110 @@
+"""The yardstick of bench.live: the model's golden values, and that the arrivals are what their names say."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+from bench.live import arrivals, predict
+from bench.live.prompts import length_class
+
+LENGTHS = arrivals.Lengths(
+    prompt_tokens=64, prompt_tokens_min=16, prompt_tokens_max=384, output_tokens=8, output_tokens_max=32
+)
+
+
+def world(*, layers: int, layer_load_s: float) -> predict.World:
+    """One layer of one request is a second; the first layer is there at 0."""
+    return predict.World(
+        layers=layers, service_s=layers, decided_at_s=0.0, first_layer_s=0.0, layer_load_s=layer_load_s
+    )
+
+
+@pytest.mark.parametrize(
+    ("setting", "mean", "last", "stopped"),
+    [
+        ((32, 3, 12), 115.0, 204, 253),
+        ((32, 6, 12), 124.5, 199, 288),
+        ((40, 6, 16), 192.0, 329, 440),
+        ((80, 6, 24), 536.1, 975, 1200),
+    ],
+)
+def test_golden_values(setting: tuple[int, int, int], mean: float, last: int, stopped: int) -> None:
+    """All at once: the table of the design, by the event-driven model too."""
+    layers, load, requests = setting
+    waits = predict.live([0.0] * requests, world(layers=layers, layer_load_s=load))
+    assert sum(waits) / requests == pytest.approx(mean, abs=0.5)
+    assert max(waits) == last
+    assert max(predict.stop_the_world([0.0] * requests, world(layers=layers, layer_load_s=load))) == stopped
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_live_is_never_worse_than_waiting(seed: int) -> None:
+    """In the model, whatever the arrivals: the mean is no worse than stop-the-world's."""
+    chance = random.Random(seed)
+    layers = chance.randint(2, 40)
+    place = predict.World(
+        layers=layers,
+        service_s=1.0,
+        decided_at_s=chance.uniform(0, 5),
+        first_layer_s=chance.uniform(0.01, 1),
+        layer_load_s=chance.uniform(0.5, 12) / layers,
+    )
+    times, at = [], 0.0
+    for _ in range(60):
+        at += chance.expovariate(chance.choice([0.5, 1.8]))
+        times.append(at)
+    lively, stopped = predict.live(times, place), predict.stop_the_world(times, place)
+    assert sum(lively) <= sum(stopped) * 1.02
+
+
+def test_a_step_has_both_rates() -> None:
+    """Half of the capacity before, 1.8 times after."""
+    shape = arrivals.step(capacity=4.0, low=0.5, high=1.8, low_s=50, high_s=100, lengths=LENGTHS, seed=1)
+    before = [each for each in shape.arrivals if each.at_s < 50]
+    assert len(before) == pytest.approx(100, abs=3)
+    assert len(shape.arrivals) - len(before) == pytest.approx(720, abs=5)
+    assert shape.overload_at_s == 50
+
+
+@pytest.mark.parametrize("make", [arrivals.burst, arrivals.azure_like])
+def test_shapes_have_the_mean_that_was_asked_for(make: object) -> None:
+    """Bursts and waves change when, not how many."""
+    assert callable(make)
+    shape = make(capacity=5.0, mean=1.2, seconds=400, lengths=LENGTHS, seed=3)
+    assert len(shape.arrivals) == pytest.approx(5.0 * 1.2 * 400, rel=0.1)
+    assert all(16 <= each.prompt_tokens <= 384 for each in shape.arrivals)
+    assert all(1 <= each.output_tokens <= 32 for each in shape.arrivals)
+
+
+def test_a_trace_keeps_its_pattern(tmp_path: Path) -> None:
+    """A minute with nine tenths of the requests stays a tenth of the time with nine tenths of them."""
+    lines = ["TIMESTAMP,ContextTokens,GeneratedTokens"]
+    for index in range(1000):
+        second = 60 + index % 60 if index % 10 else index * 600 // 1000
+        lines.append(
+            f"2023-11-16 18:{second // 60:02d}:{second % 60:02d}.1234560,{1000 + index},{10 + index % 5}"
+        )
+    path = tmp_path / "trace.csv"
+    path.write_text("\n".join(lines) + "\n")
+    shape = arrivals.from_csv(path, capacity=4.0, mean=1.0, seconds=100, lengths=LENGTHS, seed=1)
+    assert len(shape.arrivals) == 400
+    inside = sum(1 for each in shape.arrivals if 10 <= each.at_s <= 20.2)
+    assert inside > 0.85 * len(shape.arrivals)
+    assert max(each.prompt_tokens for each in shape.arrivals) <= 384
+
+
+def test_a_wrong_trace_names_its_line(tmp_path: Path) -> None:
+    """Whoever brings another format is told where it stops being ours."""
+    path = tmp_path / "trace.csv"
+    path.write_text("TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:00:00.0,many,3\n")
+    with pytest.raises(ValueError, match="line 2"):
+        arrivals.read_trace(path)
+
+
+def test_few_classes_of_lengths() -> None:
+    """A trace with many lengths needs few reference answers, and no prompt is longer than asked."""
+    classes = {length_class(tokens) for tokens in range(16, 385)}
+    assert len(classes) <= 9
+    assert all(length_class(tokens) <= tokens for tokens in range(16, 385))
