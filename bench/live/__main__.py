@@ -21,7 +21,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bench import report
 from bench.live import arrivals, figures
 from bench.live.arrivals import Lengths, Shape
 from bench.live.play import Calibration, Played, Setting, calibrate, play
@@ -29,6 +28,7 @@ from bench.live.prompts import PromptBook, length_class
 from bench.live.summary import Figures, ratios
 from bench.live.summary import figures as figures_of
 
+from bench import report
 from layercast_cli.demo import sigterm_interrupts
 from layercast_cli.errors import CliError
 from layercast_cli.model import ensure_model, float32_bytes
