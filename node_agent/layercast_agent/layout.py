@@ -27,9 +27,9 @@ FORMAT = "layercast-packed/1"
 ITEM_BYTES: Mapping[str, int] = {"F32": 4, "BF16": 2, "F16": 2}
 DTYPE_NAMES: Mapping[str, str] = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
-EMBED_PREFIX = "model.embed_tokens."
-LAYERS_PREFIX = "model.layers."
-HEAD_PREFIXES = ("model.norm.", "model.final_layernorm.", "lm_head.")
+EMBED_PREFIXES = ("model.embed_tokens.", "gpt_neox.embed_in.")
+LAYERS_PREFIXES = ("model.layers.", "gpt_neox.layers.")
+HEAD_PREFIXES = ("model.norm.", "model.final_layernorm.", "gpt_neox.final_layer_norm.", "lm_head.")
 
 # Neighbours that a fused block reads as one matrix lie side by side: q, k, v and gate, up.
 _LAYER_ORDER = (
@@ -157,12 +157,12 @@ def segment_name(index: int, layers: int) -> str:
 
 def segment_index(tensor: str, layers: int) -> int:
     """The segment that a parameter belongs to. CheckpointError when it has no place in the model."""
-    if tensor.startswith(EMBED_PREFIX):
+    if tensor.startswith(EMBED_PREFIXES):
         return 0
     if tensor.startswith(HEAD_PREFIXES):
         return layers + 1
-    if tensor.startswith(LAYERS_PREFIX):
-        number = tensor[len(LAYERS_PREFIX) :].partition(".")[0]
+    if tensor.startswith(LAYERS_PREFIXES):
+        number = tensor.split(".", 3)[2]
         if number.isdecimal() and str(int(number)) == number and int(number) < layers:
             return int(number) + 1
     raise CheckpointError(

@@ -28,6 +28,9 @@ from layercast_agent.tensor_parallel import Part, Split, part_of
 MANIFEST_FILE = "manifest.json"
 FILES_FOLDER = "files"
 
+EXACT_SUFFIX = ".e_score_correction_bias"
+"""Routers' corrections keep the precision of their file: rounded, they would send tokens to other experts."""
+
 Report = Callable[[int, int], None]
 """Called with (bytes done, bytes in all)."""
 
@@ -58,7 +61,10 @@ def pack(
     if selection.equal is not None:
         _check_equal(*selection.equal)
     word = _dtype_word(dtype, selection.tensors)
-    shapes = {name: (word, tensor.shape) for name, tensor in selection.tensors.items()}
+    shapes = {
+        name: (tensor.dtype if name.endswith(EXACT_SUFFIX) else word, tensor.shape)
+        for name, tensor in selection.tensors.items()
+    }
     split = tensor_split(source.config, rank=rank, ranks=ranks) if ranks > 1 else None
     plans = plan_segments(shapes, layer_count(source.config), split)
     parts = {name: (tensor, _part(name, tensor, split)) for name, tensor in selection.tensors.items()}
@@ -163,13 +169,15 @@ def _part(name: str, stored: StoredTensor, split: Split | None) -> Part | None:
 
 
 def _converted(stored: StoredTensor, part: Part | None, dtype: str) -> Iterator[memoryview]:
-    for offset, block in blocks_of(stored, part):
-        try:
-            yield convert(block, source=stored.dtype, target=dtype)
-        except OverflowError as error:
-            raise CheckpointError(
-                str(error), file=stored.file, tensor=stored.name, offset_bytes=offset
-            ) from error
+    assert part is None or not stored.parts, "tensor_parallel refuses merged tensors by name"
+    for piece in stored.parts or (stored,):
+        for offset, block in blocks_of(piece, part):
+            try:
+                yield convert(block, source=piece.dtype, target=dtype)
+            except OverflowError as error:
+                raise CheckpointError(
+                    str(error), file=piece.file, tensor=piece.name, offset_bytes=offset
+                ) from error
 
 
 def _check_equal(one: StoredTensor, other: StoredTensor) -> None:

@@ -12,17 +12,22 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from layercast_agent.checkpoint_names import embedding_name, merge_experts, parameter_name
 from layercast_agent.errors import CheckpointError
+from layercast_agent.families import SUPPORTED
 from layercast_agent.layout import segment_index
 from layercast_agent.safetensors_header import StoredTensor
 from layercast_agent.tensor_parallel import Split
 
-EMBED = "model.embed_tokens.weight"
 LM_HEAD = "lm_head.weight"
 LAYERS_MAX = 10_000
 
-# Whether the family ties input and output embeddings when its config does not say.
-_TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gemma2": True}
+TIED_BY_DEFAULT = frozenset(
+    ("cohere", "cohere2", "ernie4_5", "gemma", "gemma2", "gemma3_text", "smollm3", "starcoder2")
+)
+"""Families that tie input and output embeddings when their config does not say."""
+
+_SHAPES_KNOWN = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 _HEAD_DIM_BY_DEFAULT = {"qwen3": 128, "gemma2": 256, "gemma3_text": 256, "gpt_oss": 64}
 
 Shapes = dict[str, tuple[int, ...]]
@@ -60,18 +65,20 @@ def tensor_split(config: Mapping[str, Any], *, rank: int, ranks: int) -> Split:
 def select(config: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> Selection:
     """Chooses and names the tensors to pack. CheckpointError for anything unknown, missing or misshapen."""
     layers = layer_count(config)
+    family = str(config.get("model_type"))
     found: dict[str, StoredTensor] = {}
     for name, tensor in stored.items():
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # a buffer that old files carry; every model computes it
-        parameter = name if name.startswith(("model.", "lm_head.")) else f"model.{name}"
+        parameter = parameter_name(family, name, layers)
+        if parameter is None:
+            continue
         try:
             segment_index(parameter, layers)
         except CheckpointError as error:
             problem = f"a model of {layers} layers has no such tensor"
             raise CheckpointError(problem, file=tensor.file, tensor=name) from error
         found[parameter] = tensor
-    equal = _tie(found) if _is_tied(config, found) else None
+    found = merge_experts(config, found)
+    equal = _tie(found, embedding_name(family)) if _is_tied(config, found) else None
     shapes = expected_shapes(config)
     if shapes is not None:
         _check(shapes, found)
@@ -84,7 +91,7 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes | None:
     Families: llama, mistral, qwen2, qwen3, gemma2.
     """
     family = config.get("model_type")
-    if family not in _TIED_BY_DEFAULT:
+    if family not in _SHAPES_KNOWN:
         return None
     hidden = _size(config, "hidden_size")
     vocab = _size(config, "vocab_size")
@@ -93,10 +100,10 @@ def expected_shapes(config: Mapping[str, Any]) -> Shapes | None:
     if family == "gemma2":
         norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
     layer |= {f"{norm}.weight": (hidden,) for norm in norms}
-    shapes: Shapes = {EMBED: (vocab, hidden), "model.norm.weight": (hidden,)}
+    shapes: Shapes = {embedding_name(str(family)): (vocab, hidden), "model.norm.weight": (hidden,)}
     for index in range(layer_count(config)):
         shapes |= {f"model.layers.{index}.{name}": shape for name, shape in layer.items()}
-    if not config.get("tie_word_embeddings", _TIED_BY_DEFAULT[str(family)]):
+    if not config.get("tie_word_embeddings", family in TIED_BY_DEFAULT):
         shapes[LM_HEAD] = (vocab, hidden)
     return shapes
 
@@ -148,24 +155,26 @@ def _size(config: Mapping[str, Any], key: str, *, default: int | None = None, mo
 
 
 def _is_tied(config: Mapping[str, Any], found: Mapping[str, StoredTensor]) -> bool:
-    said = config.get("tie_word_embeddings", _TIED_BY_DEFAULT.get(str(config.get("model_type"))))
-    if said is None:
-        # An unknown family whose config is silent: the files show what its authors meant.
-        return LM_HEAD not in found
-    return bool(said)
+    family = config.get("model_type")
+    if "tie_word_embeddings" in config:
+        return bool(config["tie_word_embeddings"])
+    if family in SUPPORTED.values():
+        return family in TIED_BY_DEFAULT
+    # An unknown family whose config is silent: the files show what its authors meant.
+    return LM_HEAD not in found
 
 
-def _tie(found: dict[str, StoredTensor]) -> tuple[StoredTensor, StoredTensor] | None:
+def _tie(found: dict[str, StoredTensor], embedding: str) -> tuple[StoredTensor, StoredTensor] | None:
     """Leaves one matrix, under the embedding's name."""
     head = found.pop(LM_HEAD, None)
     if head is None:
         return None
-    embed = found.setdefault(EMBED, head)
+    embed = found.setdefault(embedding, head)
     if embed is head:
         return None
     if (embed.dtype, embed.shape) != (head.dtype, head.shape):
         raise CheckpointError(
-            f"config.json ties it to {EMBED}, but shape or dtype differ", file=head.file, tensor=LM_HEAD
+            f"config.json ties it to {embedding}, but shape or dtype differ", file=head.file, tensor=LM_HEAD
         )
     return embed, head
 

@@ -50,7 +50,10 @@ _IMPOSTORS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StoredTensor:
-    """A tensor inside a file; `offset` counts from the file's start."""
+    """A tensor inside a file; `offset` counts from the file's start.
+
+    One with `parts` is these, end to end, wherever they lie; `file` and `offset` are then those of the first.
+    """
 
     file: Path
     name: str
@@ -58,6 +61,7 @@ class StoredTensor:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    parts: tuple[StoredTensor, ...] = ()
 
 
 def read_header(path: Path) -> dict[str, StoredTensor]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from layercast_agent.errors import CheckpointError
+from layercast_agent.families import family_of
 from layercast_agent.safetensors_header import StoredTensor, read_header
 
 SINGLE = "model.safetensors"
@@ -43,8 +44,8 @@ class SourceCheckpoint:
 def open_source(folder: Path) -> SourceCheckpoint:
     """Reads headers and small files of a Hugging Face folder.
 
-    CheckpointError when it is no checkpoint, is pickle or quantised, or when files are missing, truncated or
-    contradict each other; it names file, tensor and offset.
+    UnsupportedArchitectureError names a family that is not served or a quantisation; CheckpointError when it is no
+    checkpoint, is pickle, or when files are missing, truncated or contradict each other, with file, tensor and offset.
     """
     if not folder.is_dir():
         raise CheckpointError("there is no such folder", file=folder)
@@ -55,8 +56,7 @@ def open_source(folder: Path) -> SourceCheckpoint:
     if "config.json" not in files:
         raise CheckpointError("the folder has no config.json, so it is no checkpoint", file=folder)
     config = _object(files["config.json"], folder / "config.json")
-    if config.get("quantization_config"):
-        raise CheckpointError("quantised checkpoints cannot be served", file=folder / "config.json")
+    family_of(config)
     return SourceCheckpoint(folder=folder, config=config, tensors=_tensors(folder), files=files)
 
 

@@ -33,6 +33,8 @@ _SIZES: dict[str, Any] = {
 }
 _GEMMA: dict[str, Any] = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": WINDOW}
 
+_EXPERTS: dict[str, Any] = {"moe_intermediate_size": 16, "num_experts_per_tok": 2, "norm_topk_prob": True}
+
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama": {"architectures": ["LlamaForCausalLM"], "rope_theta": 500.0},
     "llama-tied-biased": {
@@ -84,6 +86,88 @@ CONFIGS: dict[str, dict[str, Any]] = {
     },
     "olmo2": {"architectures": ["Olmo2ForCausalLM"]},
     "phi3": {"architectures": ["Phi3ForCausalLM"], "sliding_window": WINDOW, "partial_rotary_factor": 0.5},
+    "ministral": {
+        "architectures": ["MinistralForCausalLM"],
+        "head_dim": 12,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "gemma": {"architectures": ["GemmaForCausalLM"], "head_dim": 16},
+    "phi": {"architectures": ["PhiForCausalLM"], "partial_rotary_factor": 0.5, "qk_layernorm": True},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "architectures": ["Qwen2MoeForCausalLM"],
+        **_EXPERTS,
+        "num_experts": 4,
+        "shared_expert_intermediate_size": 24,
+        "mlp_only_layers": [1],
+    },
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], **_EXPERTS, "num_experts": 4, "head_dim": 16},
+    "olmo": {"architectures": ["OlmoForCausalLM"], "clip_qkv": 2.0},
+    "olmo3": {
+        "architectures": ["Olmo3ForCausalLM"],
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "glm": {"architectures": ["GlmForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5},
+    "glm4": {"architectures": ["Glm4ForCausalLM"], "head_dim": 8, "partial_rotary_factor": 0.5},
+    "glm4_moe": {
+        "architectures": ["Glm4MoeForCausalLM"],
+        **_EXPERTS,
+        "head_dim": 8,
+        "n_routed_experts": 4,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "use_qk_norm": True,
+        "routed_scaling_factor": 1.5,
+    },
+    "cohere": {"architectures": ["CohereForCausalLM"], "logit_scale": 0.5, "use_qk_norm": True},
+    "cohere2": {
+        "architectures": ["Cohere2ForCausalLM"],
+        "logit_scale": 0.5,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "starcoder2": {"architectures": ["Starcoder2ForCausalLM"], "sliding_window": WINDOW},
+    "stablelm": {
+        "architectures": ["StableLmForCausalLM"],
+        "use_qkv_bias": True,
+        "qk_layernorm": True,
+        "partial_rotary_factor": 0.5,
+    },
+    "smollm3": {"architectures": ["SmolLM3ForCausalLM"], "no_rope_layers": [1, 0, 1]},
+    "exaone4": {
+        "architectures": ["Exaone4ForCausalLM"],
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "seed_oss": {"architectures": ["SeedOssForCausalLM"], "head_dim": 8, "attention_bias": True},
+    "ernie4_5": {"architectures": ["Ernie4_5ForCausalLM"], "head_dim": 8},
+    "deepseek_v3": {
+        "architectures": ["DeepseekV3ForCausalLM"],
+        **_EXPERTS,
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 8,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 10,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "n_group": 2,
+        "topk_group": 1,
+        "first_k_dense_replace": 1,
+    },
+    "gpt_neox": {"architectures": ["GPTNeoXForCausalLM"], "num_key_value_heads": 4, "rotary_pct": 0.5},
+    "hunyuan_v1_dense": {
+        "architectures": ["HunYuanDenseV1ForCausalLM"],
+        "head_dim": 8,
+        "rope_scaling": {"rope_type": "dynamic", "alpha": 1000.0, "factor": 1.0},
+    },
+    "arcee": {"architectures": ["ArceeForCausalLM"]},
+    "apertus": {"architectures": ["ApertusForCausalLM"]},
+    "nemotron": {"architectures": ["NemotronForCausalLM"], "partial_rotary_factor": 0.5},
+    "helium": {"architectures": ["HeliumForCausalLM"], "head_dim": 8},
 }
 
 
@@ -157,9 +241,18 @@ def build(family: str, *, seed: int = 0) -> Tiny:
             parameter.data = 0.3 * noise
         else:
             parameter.data = noise * 1.5 / parameter.shape[-1] ** 0.5
-    model = LayeredModel(config=config, shape=shape_of(config, "float32"), device=CPU)
-    model.attach(parameters(judge, model))
-    return Tiny(config=config, judge=judge, model=model)
+    for name, buffer in judge.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.add_(torch.randn(buffer.shape, generator=generator), alpha=0.3)
+    return Tiny(config=config, judge=judge, model=attached(config, judge, "float32"))
+
+
+def attached(config: dict[str, Any], judge: Any, dtype: str) -> LayeredModel:
+    """Our model with the judge's parameters, in that precision."""
+    model = LayeredModel(config=config, shape=shape_of(config, dtype), device=CPU)
+    wanted = dict(model.named_tensors())
+    model.attach({n: t.to(wanted[n].dtype) for n, t in parameters(judge, model).items()})
+    return model
 
 
 def _embedding_scale(config: dict[str, Any]) -> float:
@@ -172,7 +265,7 @@ def _embedding_scale(config: dict[str, Any]) -> float:
 def parameters(judge: Any, model: LayeredModel) -> dict[str, torch.Tensor]:
     """The judge's parameters under the names of a checkpoint."""
     stored = judge.state_dict()
-    return {name: stored[name].detach() for name, _ in model.named_parameters()}
+    return {name: stored[name].detach() for name, _ in model.named_tensors()}
 
 
 def prompts(lengths: Ordered[int], *, seed: int = 1) -> list[tuple[int, ...]]:

@@ -51,12 +51,12 @@ def test_building_is_quick_and_without_parameters() -> None:
         started = time.thread_time()
         model = LayeredModel(config=SMOLLM2_SHAPE, shape=shape, device=CPU)
         seconds.append(time.thread_time() - started)
-    assert all(parameter.is_meta for _, parameter in model.named_parameters())
+    assert all(parameter.is_meta for _, parameter in model.named_tensors())
     assert min(seconds) < 1.0
 
 
 def test_names_and_buffers(tiny: Any) -> None:
-    names = [name for name, _ in tiny.model.named_parameters()]
+    names = [name for name, _ in tiny.model.named_tensors()]
     assert len(names) == len(set(names))
     assert ("lm_head.weight" in names) == (not tiny.model.shape.tied)
     buffers = dict(tiny.model._causal_lm.named_buffers())
@@ -78,7 +78,7 @@ def test_attaching_copies_nothing(llama: Any, families: ModuleType) -> None:
         model.run_layers(1, 2, hidden, batch)
     model.attach({name: tensor for name, tensor in memory.items() if ".layers.1." in name})
     before = model.run_layers(1, 2, hidden, batch)
-    for name, parameter in model.named_parameters():
+    for name, parameter in model.named_tensors():
         assert parameter.is_meta != (".layers.1." in name)
     memory["model.layers.1.mlp.down_proj.weight"].zero_()
     assert not torch.equal(model.run_layers(1, 2, hidden, batch), before)

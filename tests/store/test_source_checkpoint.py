@@ -57,7 +57,7 @@ def truncate(path: Path, by: int) -> None:
         (lambda f: (f / "config.json").write_bytes(b"\xff\xfe"), "not valid JSON", "config.json"),
         (lambda f: (f / "config.json").write_text("[]"), "not a JSON object", "config.json"),
         (lambda f: (f / "config.json").write_text("[" * 50_000), "not valid JSON", "config.json"),
-        (quantised, "quantised", "config.json"),
+        (quantised, "quantized", "config.json"),
         (lambda f: truncate(f / "tokenizer.json", 9), "not valid JSON", "tokenizer.json"),
         (lambda f: (f / SINGLE).unlink(), "neither model.safetensors nor", ""),
         (only_pickle, "pickle.*execute code.*save_pretrained", "pytorch_model.bin"),

@@ -48,7 +48,7 @@ async def bench() -> AsyncIterator[Bench]:
     device = torch.device("cpu")
     shape = shape_of(warm.TINY, "F32")
     model = LayeredModel(config=warm.TINY, shape=shape, device=device)
-    tensors = {name: torch.randn(parameter.shape) for name, parameter in model.named_parameters()}
+    tensors = {name: torch.randn(parameter.shape) for name, parameter in model.named_tensors()}
     engine = Engine(
         model=model,
         kv=KVCache(shape, 8, page_size=16, device=device),

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
 from layercast_agent.engine.kv import KVCache
 
@@ -126,6 +126,9 @@ def paged_attention(
     """
     plan = current_batch.get()
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    width = value.shape[-1]
+    if width < key.shape[-1]:  # latent attention: the cache is as wide as the keys
+        value = pad(value, (0, key.shape[-1] - width))
     plan.kv.write(layer, plan.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     scoring = _Scoring(
         scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -144,7 +147,7 @@ def paged_attention(
         )
         output[rows] = attended.permute(2, 0, 1, 3)
         row += span.count
-    return output.flatten(1, 2)[None], None
+    return output[..., :width].flatten(1, 2)[None], None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -38,21 +38,43 @@ class LayeredModel:
         self.config = transformers_config(config)
         self._causal_lm = _build(self.config, shape.dtype, device)
         decoder = self._causal_lm.get_decoder()
-        self._embed: nn.Module = decoder.embed_tokens
+        self._embed: nn.Module = decoder.get_input_embeddings()
         self._layers: list[nn.Module] = list(decoder.layers)
-        self._norm: nn.Module = decoder.norm
+        self._norm: nn.Module = getattr(decoder, _last_part(self.config))
         self._rotary: nn.Module = decoder.rotary_emb
         self._head: nn.Module = self._causal_lm.get_output_embeddings()
         self._rotary_kinds = _rotary_kinds(self._rotary, self.config)
         self._missing: list[set[str]] = [set() for _ in range(shape.layers + 2)]
-        for name, _ in self.named_parameters():
-            self._missing[segment_index(name, shape.layers)].add(name)
+        for name, tensor in self.named_tensors():
+            if isinstance(tensor, nn.Parameter):
+                self._missing[segment_index(name, shape.layers)].add(name)
 
-    def named_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
-        """Name and parameter, as a checkpoint stores them: tied ones once. On the meta device until attached."""
-        for name, parameter in self._causal_lm.named_parameters(remove_duplicate=False):
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and tensor, as a checkpoint stores them: tied ones once.
+
+        Parameters are on the meta device until attached. Buffers that a checkpoint may carry have their value of a
+        fresh model until then.
+        """
+        for name, tensor in self._causal_lm.state_dict(keep_vars=True).items():
             if not (self.shape.tied and name == LM_HEAD):
-                yield name, parameter
+                yield name, tensor
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Compares a checkpoint's tensors with the model's before anything is loaded.
+
+        Raises CheckpointError naming the first that is missing, unknown or of another shape.
+        """
+        wanted = dict(self.named_tensors())
+        for name, tensor in wanted.items():
+            if isinstance(tensor, nn.Parameter) and name not in shapes:
+                raise CheckpointError("missing: the model needs it", tensor=name)
+        for name, shape in shapes.items():
+            if name not in wanted:
+                raise CheckpointError("the model has no such parameter", tensor=name)
+            if tuple(wanted[name].shape) != tuple(shape):
+                raise CheckpointError(
+                    f"shape {list(shape)} where the model has {list(wanted[name].shape)}", tensor=name
+                )
 
     def attach(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """Points parameters, named as in the checkpoint, at these tensors; no copy. Any subset, any order.
@@ -62,6 +84,9 @@ class LayeredModel:
         for name, tensor in tensors.items():
             owner, attribute = self._owner(name)
             expected: torch.Tensor = getattr(owner, attribute)
+            if attribute in owner._buffers:
+                _attach_buffer(owner, attribute, tensor, name=name)
+                continue
             if tensor.shape != expected.shape or tensor.dtype != expected.dtype:
                 raise CheckpointError(
                     f"{tensor.dtype} {list(tensor.shape)} where the model has {expected.dtype} "
@@ -116,6 +141,9 @@ class LayeredModel:
         if self.shape.tied:
             self._require(0)
         logits: torch.Tensor = self._head(self._norm(hidden[None]))[0]
+        scale = getattr(self.config, "logit_scale", None)  # Cohere
+        if scale is not None:
+            logits = logits * scale
         scaling = getattr(self.config, "logits_scaling", None)  # Granite
         if scaling is not None:
             logits = logits / scaling
@@ -139,9 +167,26 @@ class LayeredModel:
                 owner = self._causal_lm.get_submodule(path)
             except AttributeError:
                 owner = None
-            if owner is not None and isinstance(owner._parameters.get(attribute), nn.Parameter):
+            if owner is not None and attribute in (owner._parameters | owner._buffers):
                 return owner, attribute
         raise CheckpointError("the model has no such parameter", tensor=name)
+
+
+def _attach_buffer(owner: nn.Module, attribute: str, tensor: torch.Tensor, *, name: str) -> None:
+    """A buffer keeps the precision of its checkpoint: routers' corrections are float32 in bfloat16 models."""
+    expected: torch.Tensor = getattr(owner, attribute)
+    if tensor.shape != expected.shape or tensor.dtype not in (expected.dtype, torch.float32):
+        raise CheckpointError(
+            f"{tensor.dtype} {list(tensor.shape)} where the model has {expected.dtype} {list(expected.shape)}",
+            tensor=name,
+        )
+    owner._buffers[attribute] = tensor
+
+
+def _last_part(config: Any) -> str:
+    """Attribute of the norm behind the layers, from the model's own pipeline plan."""
+    plan = getattr(config, "base_model_pp_plan", None) or {"norm": ()}
+    return str(list(plan)[-1])
 
 
 def _build(config: Any, dtype: torch.dtype, device: torch.device) -> Any:

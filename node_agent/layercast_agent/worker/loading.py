@@ -94,6 +94,7 @@ def build(
         batch_size_max=batch_size_max,
     )
     model = LayeredModel(config=manifest.config, shape=shape, device=host.device)
+    model.check({spec.name: spec.shape for segment in manifest.segments for spec in segment.tensors})
     engine = Engine(
         model=model,
         kv=KVCache(shape, plan.kv_pages, page_size=PAGE_TOKENS, device=host.device),

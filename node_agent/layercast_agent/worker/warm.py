@@ -39,7 +39,7 @@ def warm_up(device: torch.device) -> None:
     model.attach(
         {
             name: torch.randn(parameter.shape, generator=generator).to(device, parameter.dtype)
-            for name, parameter in model.named_parameters()
+            for name, parameter in model.named_tensors()
         }
     )
     engine = Engine(
