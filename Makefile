@@ -94,6 +94,10 @@ check-tidy: $(STAMP)
 proto: $(STAMP) ## Generate proto/gen from proto/ (commit the result)
 	@tools/proto.sh
 
+.PHONY: crd
+crd: $(STAMP) ## Generate the CRD and its page from the operator's table (commit the result)
+	@$(BIN)/python -m layercast_operator.crd --write
+
 .PHONY: fmt
 fmt: $(STAMP) ## Format the code and mend what ruff can mend
 	@$(BIN)/ruff format .

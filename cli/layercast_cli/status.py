@@ -117,7 +117,7 @@ def read_status(folder: Path, name: str) -> ServiceStatus | None:
 
 def parse_status(name: str, raw: Mapping[str, Any]) -> ServiceStatus:
     """The values of one status file."""
-    counts = _mapping(raw.get("replicas"))
+    counts = _mapping(raw.get("counts"))
     last = raw.get("lastScale")
     scales = tuple(parse_scale(each) for each in _sequence(raw.get("scales")))
     recommendation = raw.get("recommendation")
@@ -128,7 +128,7 @@ def parse_status(name: str, raw: Mapping[str, Any]) -> ServiceStatus:
         loading=_int(counts, "loading"),
         draining=_int(counts, "draining"),
         conditions=tuple(_condition(each) for each in _sequence(raw.get("conditions"))),
-        replicas=tuple(_replica(each) for each in _sequence(raw.get("replicaStatus"))),
+        replicas=tuple(_replica(each) for each in _sequence(raw.get("replicas"))),
         last_scale=parse_scale(last) if isinstance(last, dict) and last else None,
         scales=scales,
         recommendation="" if recommendation is None else _words(recommendation),

@@ -4,7 +4,8 @@ OperatorError
 ├── SettingsError        the person who started the process: a flag, a port in use
 ├── ModelServiceError    the author of a ModelService; names file and field
 ├── ClusterFileError     the author of cluster.json
-└── AgentCallError       a node: says which, with the gRPC code; `code` decides what comes next
+├── AgentCallError       a node: says which, with the gRPC code; `code` decides what comes next
+└── KubernetesError      the API server: refused (`code`), or away (0: try again)
 
 Exceptions of libraries end at the adapter that calls the library.
 """
@@ -46,4 +47,15 @@ class AgentCallError(OperatorError):
     def __init__(self, problem: str, *, node: str, code: str) -> None:
         super().__init__(f"{node}: {problem} ({code})")
         self.node = node
+        self.code = code
+
+
+class KubernetesError(OperatorError):
+    """The API server refused or did not answer.
+
+    `code` is the HTTP status; 0 when there was no answer, then trying again is right.
+    """
+
+    def __init__(self, problem: str, *, code: int) -> None:
+        super().__init__(f"{problem} ({code})" if code else problem)
         self.code = code

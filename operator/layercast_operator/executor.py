@@ -68,6 +68,8 @@ class Executor:
     clock: Callable[[], float]
     wake: asyncio.Event
     poll_soon: Callable[[str], None]
+    may_act: Callable[[], bool] = lambda: True
+    """Asked before each command: without leadership nothing is begun."""
     _flights: dict[_Key, _Flight] = field(default_factory=dict)
     _failures: list[Failure] = field(default_factory=list)
 
@@ -75,7 +77,7 @@ class Executor:
         """Begin what can begin now; returns it. The rest is planned again when it still matters."""
         self._settle(snapshot)
         begun: list[Action] = []
-        for action in actions:
+        for action in actions if self.may_act() else ():
             key = (action.node, action.subject)
             before = self._flights.get(key)
             if not self._may_begin(before, snapshot.at) or len(self._flights) >= FLIGHTS_MAX:

@@ -18,9 +18,9 @@ def rfc3339(at: float) -> str:
 
 
 def scale_json(record: ScaleRecord) -> dict[str, Any]:
-    """One entry of `scales`; times in seconds since the epoch, null when not reached."""
+    """One entry of `scales`; times are null when not reached."""
     return {
-        "decidedAt": record.decided_at,
+        "decidedAt": rfc3339(record.decided_at),
         "from": record.replicas_from,
         "to": record.replicas_to,
         "reason": record.reason,
@@ -31,16 +31,29 @@ def scale_json(record: ScaleRecord) -> dict[str, Any]:
                 "replicaId": r.replica_id,
                 "node": r.node,
                 "source": r.source,
-                "assignedAt": r.assigned_at,
-                "firstSegmentAt": r.first_segment_at,
-                "firstLayerAt": r.first_layer_at,
-                "firstTokenAt": r.first_token_at,
-                "completeAt": r.complete_at,
+                "assignedAt": _time(r.assigned_at),
+                "firstSegmentAt": _time(r.first_segment_at),
+                "firstLayerAt": _time(r.first_layer_at),
+                "firstTokenAt": _time(r.first_token_at),
+                "completeAt": _time(r.complete_at),
                 "bytesPerSecond": r.bytes_per_s,
             }
             for r in record.replicas
         ],
     }
+
+
+def _time(at: float | None) -> str | None:
+    return None if at is None else rfc3339(at)
+
+
+def _moment(text: str) -> float:
+    """Raises ValueError or TypeError for what is no time."""
+    return datetime.fromisoformat(text).timestamp()
+
+
+def _seconds(text: str | None) -> float | None:
+    return None if text is None else _moment(text)
 
 
 def memory_of(status: Mapping[str, Any]) -> ModelMemory:
@@ -52,12 +65,12 @@ def memory_of(status: Mapping[str, Any]) -> ModelMemory:
     for entry in status.get("scales") or ():
         try:
             scales.append(_scale_of(entry))
-        except (KeyError, TypeError, AttributeError):
+        except (KeyError, TypeError, ValueError, AttributeError):
             continue
     conditions: dict[str, ConditionMemory] = {}
     for entry in status.get("conditions") or ():
         try:
-            since = datetime.fromisoformat(entry["lastTransitionTime"]).timestamp()
+            since = _moment(entry["lastTransitionTime"])
             conditions[str(entry["type"])] = ConditionMemory(status=str(entry["status"]), since=since)
         except (KeyError, TypeError, ValueError):
             continue
@@ -68,19 +81,19 @@ def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:
     replicas = tuple(
         ScaledReplica(
             replica_id=r["replicaId"],
-            node=r["node"],
-            source=r["source"],
-            assigned_at=r["assignedAt"],
-            first_segment_at=r["firstSegmentAt"],
-            first_layer_at=r["firstLayerAt"],
-            first_token_at=r["firstTokenAt"],
-            complete_at=r["completeAt"],
-            bytes_per_s=r["bytesPerSecond"],
+            node=r.get("node", ""),
+            source=r.get("source", ""),
+            assigned_at=_seconds(r.get("assignedAt")),
+            first_segment_at=_seconds(r.get("firstSegmentAt")),
+            first_layer_at=_seconds(r.get("firstLayerAt")),
+            first_token_at=_seconds(r.get("firstTokenAt")),
+            complete_at=_seconds(r.get("completeAt")),
+            bytes_per_s=r.get("bytesPerSecond", 0),
         )
-        for r in entry["replicas"]
+        for r in entry.get("replicas") or ()
     )
     return ScaleRecord(
-        decided_at=entry["decidedAt"],
+        decided_at=_moment(entry["decidedAt"]),
         replicas_from=entry["from"],
         replicas_to=entry["to"],
         reason=entry["reason"],

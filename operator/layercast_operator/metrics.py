@@ -72,10 +72,27 @@ class Metrics:
             _PREFIX + "poll_failures", "Agents that did not answer.", ["node"], registry=self.registry
         )
 
+        self._add_kubernetes()
+
+    def _add_kubernetes(self) -> None:
+        """What is only counted where there is an API server."""
+        self.status_failures = Counter(
+            _PREFIX + "status_write_failures",
+            "Statuses that the API server did not take.",
+            registry=self.registry,
+        )
+        self.list_failures = Counter(
+            _PREFIX + "list_failures",
+            "Lists that the API server did not answer, by kind.",
+            ["kind"],
+            registry=self.registry,
+        )
+        self.leader = Gauge(_PREFIX + "leader", "1 while this operator may act.", registry=self.registry)
+
     def show_model(self, status: Mapping[str, Any], replicas: tuple[Replica, ...]) -> None:
         """Take over what a pass reported of one model."""
         model = str(status["name"])
-        for state, count in status["replicas"].items():
+        for state, count in status["counts"].items():
             self.replicas.labels(model, state).set(count)
         listed = {(model, replica.replica_id) for replica in replicas}
         for series in (self.layers_resident, self.transfer_bytes_per_s):

@@ -6,16 +6,14 @@ Every mistake gets one sentence that names file and field; unknown fields are re
 
 from __future__ import annotations
 
-import difflib
-import math
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any
 
 import yaml
 
+from layercast_operator.document import Section
 from layercast_operator.errors import ModelServiceError
 
 API_VERSION = "layercast.dev/v1alpha1"
@@ -66,6 +64,15 @@ class ModelSource:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Queries:
+    """PromQL of this ModelService alone; empty means the shipped expression."""
+
+    prompt_tokens_waiting: str = ""
+    requests_waiting: str = ""
+    requests_in_flight: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Scaling:
     """How the number of replicas follows demand."""
 
@@ -81,6 +88,7 @@ class Scaling:
     """Of one replica; 0 means measured."""
     scale_down_s: float
     """How long demand must be low before one replica goes."""
+    queries: Queries = field(default_factory=Queries)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,6 +103,8 @@ class ModelService:
     """Longest sequence in tokens; 0 means the checkpoint's own."""
     batch_size: int
     drain_grace_s: float
+    node_selector: Mapping[str, str] = field(default_factory=dict)
+    """Labels that a node must have to take its replicas; empty means any node."""
     generation: int = 1
     """Grows with each change of the specification."""
     created_unix_s: int = 0
@@ -107,110 +117,20 @@ class ModelService:
         return self.scaling.policy if self.scaling is not None else ScalePolicy.LIVE
 
 
-class _Section:
-    """One mapping of the document: reads each field once, then refuses what was not read."""
-
-    def __init__(self, value: object, *, file: str, path: str) -> None:
-        if not isinstance(value, Mapping):
-            raise ModelServiceError(f"must be a mapping, not {_kind(value)}", file=file, field=path)
-        self._value: Mapping[Any, Any] = value
-        self._file = file
-        self._path = path
-        self._known: list[str] = []
-
-    def wrong(self, field: str, problem: str) -> ModelServiceError:
-        return ModelServiceError(problem, file=self._file, field=f"{self._path}.{field}".lstrip("."))
-
-    def _get(self, field: str) -> object:
-        self._known.append(field)
-        return self._value.get(field)
-
-    def ignore(self, *fields: str) -> None:
-        self._known.extend(fields)
-
-    def section(self, field: str) -> _Section | None:
-        value = self._get(field)
-        if value is None:
-            return None
-        return _Section(value, file=self._file, path=f"{self._path}.{field}".lstrip("."))
-
-    def required_section(self, field: str) -> _Section:
-        section = self.section(field)
-        if section is None:
-            raise self.wrong(field, "is required")
-        return section
-
-    def text(self, field: str, default: str | None = None) -> str:
-        value = self._get(field)
-        if value is None:
-            if default is None:
-                raise self.wrong(field, "is required")
-            return default
-        if not isinstance(value, str):
-            raise self.wrong(field, f"must be text, not {_kind(value)}")
-        return value
-
-    def choice(self, field: str, choices: Sequence[str], default: str) -> str:
-        value = self.text(field, default)
-        if value not in choices:
-            listed = ", ".join(repr(choice) for choice in choices)
-            raise self.wrong(field, f"is {value!r}, must be one of {listed}{_did_you_mean(value, choices)}")
-        return value
-
-    def integer(self, field: str, default: int | None = None, *, least: int) -> int:
-        value = self._get(field)
-        if value is None:
-            if default is None:
-                raise self.wrong(field, "is required")
-            return default
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise self.wrong(field, f"must be a whole number, not {_kind(value)}")
-        if value < least:
-            raise self.wrong(field, f"is {value}, must be at least {least}")
-        return value
-
-    def number(self, field: str, default: float, *, least: float, most: float | None = None) -> float:
-        value = self._get(field)
-        if value is None:
-            return default
-        if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-            raise self.wrong(field, f"must be a number, not {_kind(value)}")
-        if value < least:
-            raise self.wrong(field, f"is {value:g}, must be at least {least:g}")
-        if most is not None and value > most:
-            raise self.wrong(field, f"is {value:g}, must be at most {most:g}")
-        return float(value)
-
-    def done(self) -> None:
-        for field in self._value:
-            if field not in self._known:
-                hint = _did_you_mean(str(field), self._known)
-                raise self.wrong(str(field), f"is not a field of a ModelService{hint}")
-
-
-def _did_you_mean(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f"; did you mean {near[0]!r}?" if near else ""
-
-
-def _kind(value: object) -> str:
-    names = {
-        bool: "true or false",
-        int: "a number",
-        float: "a number",
-        str: "text",
-        list: "a list",
-        dict: "a mapping",
-    }
-    return "nothing" if value is None else names.get(type(value), type(value).__name__)
-
-
 def parse_modelservice(text: str, *, file: str) -> ModelService:
     """The ModelService in `text`; `file` is only used to name it.
 
     Raises ModelServiceError with a sentence that names file and field.
     """
-    root = _Section(_document(text, file=file), file=file, path="")
+    return modelservice_of(_document(text, file=file), file=file)
+
+
+def modelservice_of(document: object, *, file: str) -> ModelService:
+    """The ModelService in a document that was read; `file` says in errors where it is from.
+
+    Raises ModelServiceError with a sentence that names file and field.
+    """
+    root = Section(document, file=file, path="")
     if root.text("apiVersion") != API_VERSION:
         raise root.wrong("apiVersion", f"must be {API_VERSION!r}")
     if root.text("kind") != KIND:
@@ -241,7 +161,7 @@ def _document(text: str, *, file: str) -> object:
     return documents[0]
 
 
-def _spec(spec: _Section, name: str) -> ModelService:
+def _spec(spec: Section, name: str) -> ModelService:
     source = _source(spec.required_section("model"))
     replicas = spec.integer("replicas", 1, least=0)
     scaling_section = spec.section("scaling")
@@ -256,6 +176,19 @@ def _spec(spec: _Section, name: str) -> ModelService:
     if drain is not None:
         grace_s = drain.number("graceSeconds", 20.0, least=0, most=3600)
         drain.done()
+    parallelism = spec.section("parallelism")
+    if parallelism is not None:
+        ranks = parallelism.integer("tensorParallel", 1, least=1)
+        if ranks > 1:
+            raise parallelism.wrong(
+                "tensorParallel", f"is {ranks}; this version serves a replica on one device"
+            )
+        parallelism.done()
+    node_selector: dict[str, str] = {}
+    placement = spec.section("placement")
+    if placement is not None:
+        node_selector = placement.texts("nodeSelector")
+        placement.done()
     return ModelService(
         name=name,
         model=source,
@@ -264,10 +197,11 @@ def _spec(spec: _Section, name: str) -> ModelService:
         context_length=context_length,
         batch_size=batch_size,
         drain_grace_s=grace_s,
+        node_selector=node_selector,
     )
 
 
-def _source(section: _Section) -> ModelSource:
+def _source(section: Section) -> ModelSource:
     source = section.text("source")
     if not source.startswith(SOURCE_SCHEMES):
         listed = ", ".join(SOURCE_SCHEMES)
@@ -279,7 +213,7 @@ def _source(section: _Section) -> ModelSource:
     return model
 
 
-def _scaling(section: _Section) -> Scaling:
+def _scaling(section: Section) -> Scaling:
     least = section.integer("min", 1, least=0)
     most = section.integer("max", least=1)
     if most < least:
@@ -299,6 +233,15 @@ def _scaling(section: _Section) -> Scaling:
     if windows is not None:
         scale_down_s = windows.number("scaleDownSeconds", scale_down_s, least=0, most=86400)
         windows.done()
+    queries = Queries()
+    metrics = section.section("metrics")
+    if metrics is not None:
+        queries = Queries(
+            prompt_tokens_waiting=metrics.text("promptTokensWaiting", ""),
+            requests_waiting=metrics.text("requestsWaiting", ""),
+            requests_in_flight=metrics.text("requestsInFlight", ""),
+        )
+        metrics.done()
     section.done()
     return Scaling(
         replicas_min=least,
@@ -309,10 +252,11 @@ def _scaling(section: _Section) -> Scaling:
         kv_utilization=kv_utilization,
         prefill_tokens_per_s=rate,
         scale_down_s=scale_down_s,
+        queries=queries,
     )
 
 
-def _band(targets: _Section, field: str, default: Band, *, most: float) -> Band:
+def _band(targets: Section, field: str, default: Band, *, most: float) -> Band:
     section = targets.section(field)
     if section is None:
         return default

@@ -18,7 +18,7 @@ from layercast_operator.agents import AgentCalls
 from layercast_operator.demand import Reading, demand_of, parse_reading
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
-from layercast_operator.snapshot import Node, NodeHealth, Snapshot
+from layercast_operator.snapshot import Node, NodeFacts, NodeHealth, Snapshot
 
 _LOG = logging.getLogger(__name__)
 
@@ -68,9 +68,13 @@ class Observer:
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scrapes: dict[str, _Scrape] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
+    _facts: Mapping[str, NodeFacts] = field(default_factory=dict)
 
-    async def set_cluster(self, agents: Mapping[str, str], gateways: Iterable[str]) -> None:
-        """Who is looked at from now on."""
+    async def set_cluster(
+        self, agents: Mapping[str, str], gateways: Iterable[str], facts: Mapping[str, NodeFacts] | None = None
+    ) -> None:
+        """Who is looked at from now on, and what else is known of their nodes."""
+        self._facts = facts or {}
         await self.calls.set_addresses(agents)
         gateways = set(gateways)
         gone = [self._watches.pop(node).task for node in list(self._watches) if node not in agents]
@@ -97,7 +101,8 @@ class Observer:
         for name, watch in sorted(self._watches.items()):
             health = self._health(watch, now)
             if watch.node is not None:
-                nodes.append(replace(watch.node, health=health))
+                facts = self._facts.get(name, NodeFacts())
+                nodes.append(replace(watch.node, health=health, facts=facts))
             elif health is not NodeHealth.LOST:
                 unseen.append(name)
         readings = {gateway: scrape.reading for gateway, scrape in self._scrapes.items()}

@@ -97,7 +97,7 @@ class Reconciler:
     async def pass_once(self) -> None:
         """One look at everything, one turn for each model."""
         desired = await self.cluster.desired()
-        await self.observer.set_cluster(desired.agents, desired.gateways)
+        await self.observer.set_cluster(desired.agents, desired.gateways, desired.nodes)
         names = [model.name for model in desired.models]
         snapshot = with_pending(self.observer.snapshot(names), self.executor.pending())
         self._take_failures()
@@ -105,7 +105,8 @@ class Reconciler:
         for model in desired.models:
             await self._one_model(model, desired, snapshot, taken)
         await self._others(desired, snapshot)
-        if desired.agents and not snapshot.unseen:
+        known = bool(desired.agents) or (desired.complete and not desired.problem)
+        if known and not snapshot.unseen:
             await self.routes.publish(list(self._routes.values()))
             self._ready = True
         self._passed_at = self.clock()
@@ -177,7 +178,8 @@ class Reconciler:
             await self.cluster.write_status(broken.name, status)
         if not desired.complete:
             return
-        wanted = {model.name for model in desired.models}
+        # What is broken now may be mended in a moment: its replicas are nobody's orphans.
+        wanted = {model.name for model in desired.models} | {broken.name for broken in desired.invalid}
         self.executor.submit(plan_orphans(snapshot, wanted).actions, snapshot)
         left = {replica.model for replica in snapshot.replicas()} - wanted
         for name in [name for name in self._routes if name not in wanted | left]:

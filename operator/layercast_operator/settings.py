@@ -1,17 +1,21 @@
-"""Settings of the operator in local mode: read from flags and environment once, checked, never changed."""
+"""Settings of the operator: read from flags and environment once, checked, never changed."""
 
 from __future__ import annotations
 
 import argparse
+import os
+import socket
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
+from layercast_operator.cluster.pods import Component, parse_selector
 from layercast_operator.errors import SettingsError
 from layercast_operator.modelservice import ScalePolicy
 
 PORT_MAX = 65535
+_LABELS = "app.kubernetes.io/name=layercast,app.kubernetes.io/component="
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -23,11 +27,34 @@ class Address:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KubernetesSettings:
+    """What is only said where there is an API server."""
+
+    namespace: str
+    """Ours: agents, gateways and the Lease are in it; empty means that of the service account or the kubeconfig."""
+
+    watch_namespaces: tuple[str, ...]
+    """Where ModelServices are looked for; empty means everywhere."""
+
+    identity: str
+    """Who we are in the Lease: unique in the cluster."""
+
+    lease_name: str
+    """Operators with the same Lease never act at the same time."""
+
+    agents: Component
+    """How the agents' pods are found."""
+
+    gateways: Component
+    """How the gateways' pods are found."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """What the operator is told at its start; every flag is also LAYERCAST_<FLAG> in the environment."""
 
-    local_dir: Path
-    """The folder that stands for the API server: modelservices/, cluster.json, status/."""
+    local_dir: Path | None
+    """The folder that stands for the API server: modelservices/, cluster.json, status/. None: Kubernetes."""
 
     listen: Address
     """RouteService, for gateways."""
@@ -53,6 +80,9 @@ class Settings:
     log_format: str
     """`text`, or `json` for one JSON object a line."""
 
+    kubernetes: KubernetesSettings | None = None
+    """None where there is a `local_dir`."""
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -60,8 +90,7 @@ class _Parser(argparse.ArgumentParser):
         raise SettingsError(f"{message}; --help lists the flags")
 
 
-def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
-    """Settings from flags, else environment, else defaults. Raises SettingsError with one sentence."""
+def _flags(environment: Mapping[str, str]) -> _Parser:
     parser = _Parser(
         prog="layercast-operator",
         description="Decides how many replicas serve each model, where they are, and who feeds them.",
@@ -72,7 +101,15 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         shown = f"{text} (default {default})" if default else text
         parser.add_argument(f"--{name}", help=shown, default=environment.get(variable, default))
 
-    flag("local-dir", "folder with modelservices/, cluster.json and status/")
+    flag("local-dir", "folder with modelservices/, cluster.json and status/; without it: Kubernetes")
+    flag("namespace", "our own namespace (default: that of the service account)", default="")
+    flag("watch-namespaces", "where ModelServices are, a,b; empty means everywhere", default="")
+    flag("identity", "our name in the Lease (default: POD_NAME or the host's name)", default="")
+    flag("lease-name", "operators that share it never act at the same time", default="layercast-operator")
+    flag("agent-selector", "labels of the agents' pods", default=f"{_LABELS}agent")
+    flag("agent-port", "port of AgentService where the pod names none `grpc`", default="7100")
+    flag("gateway-selector", "labels of the gateways' pods", default=f"{_LABELS}gateway")
+    flag("gateway-port", "port of a gateway where the pod names none `http`", default="8080")
     flag("listen", "host:port of RouteService", default="127.0.0.1:7000")
     flag("metrics-listen", "host:port of /metrics, /healthz, /readyz", default="127.0.0.1:7090")
     flag("policy", "live or stop-the-world, for every ModelService", default="")
@@ -81,11 +118,14 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
     flag("agent-lost-after-s", "when a silent agent counts as gone", default="5")
     flag("demand-age-max-s", "when the demand that a gateway told is unknown", default="2")
     flag("log-format", "text or json", default="text")
-    flags = parser.parse_args(arguments)
-    if not flags.local_dir:
-        raise SettingsError("--local-dir (or LAYERCAST_LOCAL_DIR) is missing")
-    local_dir = Path(flags.local_dir).expanduser()
-    if not local_dir.is_dir():
+    return parser
+
+
+def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> Settings:
+    """Settings from flags, else environment, else defaults. Raises SettingsError with one sentence."""
+    flags = _flags(environment).parse_args(arguments)
+    local_dir = Path(flags.local_dir).expanduser() if flags.local_dir else None
+    if local_dir is not None and not local_dir.is_dir():
         raise SettingsError(f"--local-dir {local_dir}: there is no such folder")
     policies = {policy.value: policy for policy in ScalePolicy}
     if flags.policy and flags.policy not in policies:
@@ -94,6 +134,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         raise SettingsError(f"--log-format {flags.log_format!r} must be text or json")
     return Settings(
         local_dir=local_dir,
+        kubernetes=_kubernetes(flags, environment) if local_dir is None else None,
         listen=_address(flags.listen, "--listen"),
         metrics_listen=_address(flags.metrics_listen, "--metrics-listen"),
         policy=policies.get(flags.policy),
@@ -103,6 +144,28 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         demand_age_max_s=_seconds(flags.demand_age_max_s, "--demand-age-max-s"),
         log_format=flags.log_format,
     )
+
+
+def _kubernetes(flags: argparse.Namespace, environment: Mapping[str, str]) -> KubernetesSettings:
+    own_name = environment.get("POD_NAME", "") or f"{socket.gethostname()}-{os.getpid()}"
+    return KubernetesSettings(
+        namespace=flags.namespace,
+        watch_namespaces=tuple(filter(None, flags.watch_namespaces.split(","))),
+        identity=flags.identity or own_name,
+        lease_name=flags.lease_name,
+        agents=_component(flags.agent_selector, "--agent-selector", "grpc", flags.agent_port),
+        gateways=_component(flags.gateway_selector, "--gateway-selector", "http", flags.gateway_port),
+    )
+
+
+def _component(selector: str, flag: str, port_name: str, port: str) -> Component:
+    try:
+        labels = parse_selector(selector)
+    except ValueError as error:
+        raise SettingsError(f"{flag}: {error}") from None
+    if not port.isdecimal() or not 0 < int(port) <= PORT_MAX:
+        raise SettingsError(f"{flag.replace('selector', 'port')} {port!r} is not a port")
+    return Component(labels=labels, port_name=port_name, port=int(port))
 
 
 def _address(text: str, flag: str) -> Address:

@@ -172,6 +172,15 @@ class Checkpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class NodeFacts:
+    """What the cluster knows of a node and its agent does not."""
+
+    labels: Mapping[str, str] = field(default_factory=dict)
+    leaving: str = ""
+    """Why it takes no new replicas and those that it has move away, in words; empty when it stays."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One node, as its agent told of it last."""
 
@@ -189,6 +198,7 @@ class Node:
     health: NodeHealth = NodeHealth.FRESH
     polled_at: float = 0.0
     """When the question was sent whose answer this is: everything before it is included."""
+    facts: NodeFacts = field(default_factory=NodeFacts)
 
     @property
     def fresh(self) -> bool:

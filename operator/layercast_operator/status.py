@@ -70,14 +70,17 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
     status: dict[str, Any] = {
         "name": model.name,
         "observedGeneration": model.generation,
-        "replicas": {
+        "ready": f"{counts.serving}/{counts.desired}",
+        "counts": {
             "desired": counts.desired,
             "serving": counts.serving,
             "loading": counts.loading,
             "draining": counts.draining,
+            "active": counts.serving + counts.loading,
         },
+        "selector": selector(model.name),
         "conditions": _condition_list(conditions, memory.conditions, model.generation),
-        "replicaStatus": [_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
+        "replicas": [_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
         "lastScale": scales[-1] if scales else None,
         "scales": scales,
         "recommendation": None
@@ -89,6 +92,11 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
     return Report(status=status, memory=memory, message=message)
 
 
+def selector(name: str) -> str:
+    """The label selector of the scale subresource. Replicas are no pods: it names the model and finds none."""
+    return f"layercast.dev/model={name}"
+
+
 def report_invalid(
     name: str, problem: str, *, before: Mapping[str, ConditionMemory], now: float
 ) -> tuple[dict[str, Any], dict[str, ConditionMemory]]:
@@ -98,9 +106,11 @@ def report_invalid(
     status = {
         "name": name,
         "observedGeneration": 0,
-        "replicas": {"desired": 0, "serving": 0, "loading": 0, "draining": 0},
+        "ready": "0/0",
+        "counts": {"desired": 0, "serving": 0, "loading": 0, "draining": 0, "active": 0},
+        "selector": selector(name),
         "conditions": _condition_list(conditions, changed, 0),
-        "replicaStatus": [],
+        "replicas": [],
         "lastScale": None,
         "scales": [],
         "recommendation": None,
@@ -304,7 +314,7 @@ def _condition_list(
 
 
 def _replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, Any]:
-    """One entry of `replicaStatus`. A replica that is complete has no upstream any more: then the one it had."""
+    """One entry of `replicas`. A replica that is complete has no upstream any more: then the one it had."""
     transfer = replica.transfer
     upstream = transfer.upstream if transfer is not None else ""
     return {

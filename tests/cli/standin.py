@@ -94,7 +94,7 @@ def status(auto_at: float | None, now: float) -> dict[str, object]:
     serving = sum(1 for each in replicas if each["state"] == "serving")
     counts = {"desired": count, "serving": serving, "loading": count - serving, "draining": 0}
     scales = [] if decided is None or not scaled else [scale(decided, complete=complete)]
-    return {"name": "smollm2", "replicas": counts, "replicaStatus": replicas, "scales": scales}
+    return {"name": "smollm2", "counts": counts, "replicas": replicas, "scales": scales}
 
 
 def scale(decided: float, *, complete: bool) -> dict[str, object]:

@@ -127,7 +127,7 @@ def test_the_display_shows_layers_and_failures() -> None:
         {"node": "node-1", "state": "live", "layersResident": 12, "layersTotal": 30, "source": "node-0"},
     ]
     counts = {"desired": 2, "serving": 1, "loading": 1}
-    status = parse_status("smollm2", {"replicas": counts, "replicaStatus": replicas})
+    status = parse_status("smollm2", {"counts": counts, "replicas": replicas})
     view = DemoView(
         phase="burst",
         elapsed_s=12.0,

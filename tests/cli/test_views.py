@@ -24,7 +24,7 @@ DECIDED = 1_700_000_000.0
 STATUS: dict[str, Any] = {
     "name": "smollm2",
     "observedGeneration": 2,
-    "replicas": {"desired": 3, "serving": 1, "loading": 2, "draining": 0},
+    "counts": {"desired": 3, "serving": 1, "loading": 2, "draining": 0},
     "conditions": [
         {
             "type": "Ready",
@@ -34,7 +34,7 @@ STATUS: dict[str, Any] = {
             "lastTransitionTime": "2023-11-14T22:13:20Z",
         }
     ],
-    "replicaStatus": [
+    "replicas": [
         {
             "replicaId": "smollm2-a",
             "node": "node-0",
@@ -257,7 +257,7 @@ def test_explain_gives_numbers_and_rule() -> None:
 
 
 def test_explain_without_a_decision() -> None:
-    text = explanation(parse_status("m", {"replicas": {"desired": 1}}), now=DECIDED)
+    text = explanation(parse_status("m", {"counts": {"desired": 1}}), now=DECIDED)
     assert text.splitlines() == [
         "m: 0 of 1 wanted replica serve.",
         "",
@@ -297,7 +297,7 @@ def test_timeline_of_the_command(state: Path, capsys: pytest.CaptureFixture[str]
 
 
 def test_a_status_of_another_version_is_no_crash() -> None:
-    odd = parse_status("m", {"replicas": None, "replicaStatus": [{"layersResident": "x"}, 3], "scales": "no"})
+    odd = parse_status("m", {"counts": None, "replicas": [{"layersResident": "x"}, 3], "scales": "no"})
     assert (odd.name, odd.serving, len(odd.replicas), odd.scales) == ("m", 0, 1, ())
     assert time_of("2023-11-14T22:13:20Z") == DECIDED
     assert time_of("soon") is None

@@ -14,7 +14,8 @@ import grpc
 import pytest
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 
-from layercast_operator.__main__ import build
+from layercast_operator.__main__ import Process, build
+from layercast_operator.cluster.local import LocalCluster
 from layercast_operator.metrics import serve_metrics
 from layercast_operator.modelservice import ScalePolicy
 from layercast_operator.routes import serve_routes
@@ -57,7 +58,8 @@ class Cluster:
             demand_age_max_s=1.0,
             log_format="text",
         )
-        self.reconciler, calls = build(settings)
+        process = Process(settings=settings, stop=asyncio.Event())
+        self.reconciler, calls = build(process, LocalCluster(self.root, clock=process.clock))
         runner, metrics_port = await serve_metrics(
             self.reconciler.metrics,
             host="127.0.0.1",
@@ -112,7 +114,10 @@ class Cluster:
         return "", "", ""
 
     def counts(self, name: str = "m") -> dict[str, int]:
-        return dict((self.status(name) or {}).get("replicas", {}))
+        counts = dict((self.status(name) or {}).get("counts", {}))
+        if counts:
+            assert counts.pop("active") == counts["serving"] + counts["loading"]
+        return counts
 
     def finish(self) -> None:
         for agent in self.agents.values():

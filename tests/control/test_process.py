@@ -35,7 +35,8 @@ def test_flags_environment_and_defaults(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "--local-dir (or LAYERCAST_LOCAL_DIR) is missing"),
+        (["--agent-selector", "agents"], "--agent-selector: 'agents' is not key=value,key=value"),
+        (["--gateway-port", "http"], "--gateway-port 'http' is not a port"),
         (["--local-dir", "/nowhere/at/all"], "--local-dir /nowhere/at/all: there is no such folder"),
         (["--local-dir", ".", "--listen", "here"], "--listen 'here' is not host:port"),
         (["--local-dir", ".", "--listen", "h:99999"], "--listen 'h:99999' is not host:port"),

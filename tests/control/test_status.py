@@ -190,7 +190,7 @@ def test_limits_are_told(worlds: Any) -> None:
     got = told(p)
     assert conditions(got)["ScalingLimited"] == ("True", "TooFewDevices")
     assert message(got, "ScalingLimited") == "5 replicas are wanted, 2 devices can hold one each"
-    assert got.status["replicas"] == {"desired": 5, "serving": 2, "loading": 0, "draining": 0}
+    assert got.status["counts"] == {"desired": 5, "serving": 2, "loading": 0, "draining": 0, "active": 2}
     bounded = pilot(worlds, worlds.service(replicas=5, scaling=worlds.scaling(1, 3)))
     assert conditions(told(bounded))["ScalingLimited"] == ("True", "OutOfBounds")
 
@@ -202,7 +202,7 @@ def test_a_recommendation_is_a_decision_not_taken(worlds: Any) -> None:
     got = told(p).status
     assert got["recommendation"]["replicas"] == 3 and got["recommendation"]["rule"] == "queue"
     assert "1500 prompt tokens wait" in got["recommendation"]["reason"]
-    assert got["replicas"]["desired"] == 1
+    assert got["counts"]["desired"] == 1
 
 
 def test_scaled_to_zero_is_ready(worlds: Any) -> None:

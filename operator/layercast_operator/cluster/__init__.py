@@ -1,6 +1,7 @@
 """Where desired state comes from and status goes to: the one seam between the core and what runs it.
 
-`local` reads and writes files. Everything else of the operator is the same with and without Kubernetes.
+`local` reads and writes files, `kubernetes` speaks to an API server. Everything else of the operator is the same with
+and without Kubernetes.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from layercast_operator.modelservice import ModelService
+from layercast_operator.snapshot import NodeFacts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +33,8 @@ class Desired:
     """Node to host:port of its AgentService."""
     gateways: tuple[str, ...] = ()
     """host:port of each gateway's HTTP."""
+    nodes: Mapping[str, NodeFacts] = field(default_factory=dict)
+    """What the cluster knows of nodes; empty where it knows nothing."""
     complete: bool = True
     """False when something could not be read: then nothing that is missing counts as deleted."""
     problem: str = ""
