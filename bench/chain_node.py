@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, cast
 
 import grpc
-from bench import plain_socket, synthetic
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 
+from bench import plain_socket, synthetic
 from layercast_agent.holdings import SERVER_OPTIONS, Holding, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import HostMemory, RegionRef, RegionTable

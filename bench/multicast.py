@@ -20,8 +20,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import report
 from bench.network import Network, NetworkError, network
+
+from bench import report
 
 RATE_BITS_PER_S = 2_000_000_000
 NBYTES = 512 * 1024 * 1024
