@@ -67,7 +67,7 @@ def test_scattered_pages(tiny: Any, families: ModuleType) -> None:
     seq = families.sequence(prompt, COUNT)
     engine.add(seq)
     events = engine.step()
-    assert seq.pages == [1, 3, 5, 7, 9, 11, 13, 15]
+    assert seq.pages == [1, 3, 5, 7, 9, 11]
     assert families.tokens(events + families.run(engine)) == tiny.expected(prompt, COUNT)
 
 
@@ -123,3 +123,38 @@ def test_replay_continues_greedily(tiny: Any, families: ModuleType) -> None:
         engine = tiny.engine(step_tokens_max=5)
         assert families.answer(engine, seq) == whole[have:]
         assert seq.generated == whole
+
+
+def test_preemptions_and_shared_prefixes(tiny: Any, families: ModuleType) -> None:
+    """Too few pages for all, and beginnings in common: some lose their KV, some find it, all get their tokens."""
+    common, *endings = families.prompts([13, 3, 8, 1, 5, 13])
+    prompts = [(*common, *ending) for ending in endings[:-1]] + [endings[-1]]
+    engine = tiny.engine(pages=13, step_tokens_max=21)
+    for index, prompt in enumerate(prompts):
+        engine.add(families.sequence(prompt, COUNT, name=f"r{index}", arrived_at=index))
+    events = families.run(engine)
+    for index, prompt in enumerate(prompts):
+        assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT)
+    load = engine.load()
+    assert load.preemptions > 0 and load.prefix_tokens_hit >= 12
+    assert (load.kv_pages_used, load.prefix_tokens_asked > load.prefix_tokens_hit) == (0, True)
+
+
+def test_only_pages_with_all_layers_are_shared(llama: Any, families: ModuleType) -> None:
+    """While layers run one by one a prefix is nobody else's; once the request has run through, it is."""
+    prompt = families.prompts([17])[0]
+    engine = llama.engine()
+    first = families.sequence(prompt, COUNT, name="r0")
+    engine.add(first)
+    engine.run_layer(first)
+    second = families.sequence(prompt, COUNT, name="r1", arrived_at=1)
+    engine.add(second)
+    engine.run_layer(second)
+    assert not set(first.pages) & set(second.pages)
+    events = families.run(engine)
+    assert engine.load().prefix_tokens_hit == 0
+    engine.add(families.sequence(prompt, COUNT, name="r2", arrived_at=2))
+    events += families.run(engine)
+    assert engine.load().prefix_tokens_hit == 16
+    for index in range(3):
+        assert families.tokens(events, f"r{index}") == llama.expected(prompt, COUNT)

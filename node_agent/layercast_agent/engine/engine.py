@@ -37,25 +37,33 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineLoad:
-    """How busy an engine is. `prompt_tokens_waiting` counts the known tokens of all waiting requests."""
+    """How busy an engine is. `prompt_tokens_waiting` counts the known tokens of all waiting requests.
+
+    `kv_pages_cached` hold a prefix that a later request may share, used or not. The last three count since the start:
+    tokens of admitted prefixes, those of them that were found in the cache, and requests that lost their pages.
+    """
 
     requests_waiting: int
     requests_running: int
     prompt_tokens_waiting: int
     kv_pages_used: int
     kv_pages_total: int
+    kv_pages_cached: int = 0
+    prefix_tokens_asked: int = 0
+    prefix_tokens_hit: int = 0
+    preemptions: int = 0
 
 
 class Engine:
-    """Executes requests on one model and one KV cache, which it owns."""
+    """Executes requests on one model and one KV cache, which it owns. `key` names the model."""
 
-    def __init__(self, *, model: LayeredModel, kv: KVCache, limits: EngineLimits) -> None:
+    def __init__(self, *, model: LayeredModel, kv: KVCache, limits: EngineLimits, key: str = "") -> None:
         self.model = model
         self.limits = limits
         self._kv = kv
         self._layers = model.shape.layers
         self._scheduler = Scheduler(
-            pages=kv.allocator, page_size=kv.page_size, layers=self._layers, limits=limits
+            pages=kv.allocator, page_size=kv.page_size, layers=self._layers, limits=limits, key=key
         )
         self._prefill_layer_tokens = 0
 
@@ -88,7 +96,7 @@ class Engine:
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Requests that no step has worked on, by arrival. Layers may have been run, so they can be handed off."""
+        """Requests that no step works on, by arrival. Layers may have been run, so they can be handed off."""
         return self._scheduler.waiting
 
     @property
@@ -109,12 +117,17 @@ class Engine:
     def load(self) -> EngineLoad:
         """Numbers for status and scheduling across replicas."""
         waiting = self._scheduler.waiting
+        counts = self._scheduler.counts
         return EngineLoad(
             requests_waiting=len(waiting),
             requests_running=len(self._scheduler.running),
             prompt_tokens_waiting=sum(seq.prefix_length for seq in waiting),
             kv_pages_used=self._kv.allocator.used,
             kv_pages_total=self._kv.allocator.total,
+            kv_pages_cached=self._kv.allocator.cached,
+            prefix_tokens_asked=counts.prefix_tokens_asked,
+            prefix_tokens_hit=counts.prefix_tokens_hit,
+            preemptions=counts.preemptions,
         )
 
     def has_room(self, seq: Sequence) -> bool:

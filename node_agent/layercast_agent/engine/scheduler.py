@@ -4,11 +4,13 @@ The rules, all of them:
 * service is in order of arrival at the gateway;
 * running requests that decode get their token first, then prompts get what is left of the step's token budget, in
   chunks, earliest first (chunked prefill: Sarathi-Serve, OSDI'24, section 4);
-* a request reserves, before it executes anything, every page that it can need until its last token. So nothing that
-  runs is ever evicted, and nobody waits for a page while holding one;
-* a request without a reservation that does not fit blocks those behind it that have none either, so a large request
-  is not overtaken for ever. Those that hold theirs already (layers were run while they waited, or a handoff brought
-  them) pass: they need nothing more, and their end is what frees room.
+* a request is admitted with the pages of all its known tokens, and only where every running one can still take a page
+  more; pages that hold the same tokens from the start are shared, not computed again (vLLM, SOSP'23, section 4.4);
+* a request that needs a page when none is free takes it from whoever arrived last: that one forgets its KV, keeps its
+  tokens and computes them again when there is room. The earliest request is never the last, so it always proceeds;
+* a request without pages that does not fit blocks those behind it that have none either, so a large request is not
+  overtaken for ever. Those that hold theirs already (layers were run while they waited, or a handoff brought them)
+  pass: they need nothing more to begin, and their end is what frees room.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from bisect import insort
 from dataclasses import dataclass
 
 from layercast_agent.engine.pages import PageAllocator
+from layercast_agent.engine.prefix import PrefixKeys
 from layercast_agent.engine.sequence import Sequence
 from layercast_agent.errors import NoCapacityError, RequestError, RequestTooLongError
 
@@ -67,20 +70,33 @@ class Work:
         return self.stop == self.seq.prefix_length
 
 
-class Scheduler:
-    """The queue, the batch and the page reservations of one engine."""
+@dataclass(slots=True, kw_only=True)
+class Counts:
+    """Since the start: tokens of admitted prefixes, those found in the cache, and requests that lost their pages."""
 
-    def __init__(self, *, pages: PageAllocator, page_size: int, layers: int, limits: EngineLimits) -> None:
+    prefix_tokens_asked: int = 0
+    prefix_tokens_hit: int = 0
+    preemptions: int = 0
+
+
+class Scheduler:
+    """The queue, the batch and the pages of one engine. `key` names the model whose KV the pages hold."""
+
+    def __init__(
+        self, *, pages: PageAllocator, page_size: int, layers: int, limits: EngineLimits, key: str = ""
+    ) -> None:
         self.pages = pages
         self.limits = limits
+        self.counts = Counts()
         self._page_size = page_size
         self._layers = layers
+        self._keys = PrefixKeys(page_size=page_size, model=key)
         self._waiting: list[Sequence] = []
         self._running: list[Sequence] = []
 
     @property
     def waiting(self) -> tuple[Sequence, ...]:
-        """Requests whose first step is still to come, by arrival; some may have gathered layers."""
+        """Requests that no step works on, by arrival; some may have gathered layers, some lost their pages."""
         return tuple(self._waiting)
 
     @property
@@ -89,10 +105,8 @@ class Scheduler:
         return tuple(self._running)
 
     def pages_wanted(self, seq: Sequence) -> int:
-        """Pages that hold the request at its longest, capped by the context length."""
-        output = max(seq.sampling.max_tokens, len(seq.generated))
-        longest = min(len(seq.prompt) + output, self.limits.context_length_max)
-        return -(-longest // self._page_size)
+        """Pages that hold all known tokens of a request."""
+        return -(-seq.prefix_length // self._page_size)
 
     def check(self, seq: Sequence) -> None:
         """Raises RequestTooLongError for a request that could not be served even alone, RequestError for nonsense."""
@@ -110,7 +124,9 @@ class Scheduler:
                 f"the prompt and the tokens of earlier attempts are {seq.prefix_length} tokens; at most "
                 f"{self.limits.context_length_max} fit"
             )
-        if (wanted := self.pages_wanted(seq)) > self.pages.total:
+        output = max(seq.sampling.max_tokens, len(seq.generated))
+        longest = min(len(seq.prompt) + output, self.limits.context_length_max)
+        if (wanted := -(-longest // self._page_size)) > self.pages.total:
             raise RequestTooLongError(
                 f"the prompt of {len(seq.prompt)} tokens with up to {seq.sampling.max_tokens} new ones needs "
                 f"{wanted} KV pages; there are {self.pages.total}"
@@ -135,8 +151,7 @@ class Scheduler:
         for queue in (self._waiting, self._running):
             if seq in queue:
                 queue.remove(seq)
-        self.pages.free(seq.pages)
-        seq.reset()
+        self._strip(seq)
 
     def has_room(self, seq: Sequence) -> bool:
         """Whether `reserve` may be called now: its pages are free, beside those of whoever is before it."""
@@ -145,15 +160,22 @@ class Scheduler:
         return wanted <= self.pages.free_pages
 
     def reserve(self, seq: Sequence) -> None:
-        """Gives a waiting request its pages; nothing when it has them. NoCapacityError when too few are free."""
+        """Gives a waiting request pages of its own for all its tokens; nothing when it has them.
+
+        For layers that run one by one: they write every position, so nothing is shared. NoCapacityError when too
+        few pages are free.
+        """
         if not seq.pages:
             seq.pages = self.pages.allocate(self.pages_wanted(seq))
 
     def plan(self) -> list[Work]:
-        """Admits what fits and returns the next step's work; whoever computed it calls `advance` for each.
+        """Makes room, admits what fits and returns the next step's work; whoever computed it calls `advance` for each.
 
         At most `step_tokens_max` tokens and one chunk a request. Empty when nothing can be done.
         """
+        for seq in self.running:
+            if seq in self._running and not seq.prefilling:
+                self._make_room(seq)
         budget = self.limits.step_tokens_max
         works = [self._work(seq, budget) for seq in self._running if not seq.prefilling]
         budget -= len(works)
@@ -164,12 +186,39 @@ class Scheduler:
         return works + self._admit(budget)
 
     def advance(self, work: Work) -> None:
-        """Records that a work is computed: its KV is complete in all layers."""
+        """Records that a work is computed: its KV is complete in all layers, so others may share its full pages."""
         seq = work.seq
         seq.computed = work.stop
         if work.completes_prefix:
             seq.hidden = None
             seq.layers_done = 0
+        full = seq.computed // self._page_size
+        for index in range(seq.pages_shareable, full):
+            self.pages.remember(seq.pages[index], self._keys.of(seq, full)[index])
+        seq.pages_shareable = full
+
+    def _make_room(self, seq: Sequence) -> None:
+        """A page for the position that the request computes next, from whoever arrived last when none is free."""
+        while self.pages_wanted(seq) > len(seq.pages):
+            if self.pages.free_pages:
+                seq.pages += self.pages.allocate(1, after=seq.pages[-1])
+                continue
+            holders = (other for other in (*self._running, *self._waiting) if other.pages)
+            victim = max(holders, key=lambda other: other.order)
+            self._preempt(victim)
+            if victim is seq:
+                return
+
+    def _preempt(self, seq: Sequence) -> None:
+        self.counts.preemptions += 1
+        self._strip(seq)
+        if seq in self._running:
+            self._running.remove(seq)
+            insort(self._waiting, seq, key=lambda waiting: waiting.order)
+
+    def _strip(self, seq: Sequence) -> None:
+        self.pages.free(seq.pages)
+        seq.reset()
 
     def _admit(self, budget: int) -> list[Work]:
         """Moves waiting requests into the batch, each with its first chunk."""
@@ -178,15 +227,32 @@ class Scheduler:
         for seq in self.waiting:
             if budget == 0 or len(self._running) >= self.limits.running_max:
                 break
-            if not seq.pages and (blocked or self.pages_wanted(seq) > self.pages.free_pages):
+            if not seq.pages and (blocked or not self._allot(seq)):
                 blocked = True
                 continue
-            self.reserve(seq)
             self._waiting.remove(seq)
             insort(self._running, seq, key=lambda running: running.order)
             works.append(self._work(seq, budget))
             budget -= works[-1].count
         return works
+
+    def _allot(self, seq: Sequence) -> bool:
+        """Gives a request its pages, those of a known prefix first; False when there is no room.
+
+        The last token is always computed, because its logits are wanted.
+        """
+        keys = self._keys.of(seq, (seq.prefix_length - 1) // self._page_size)
+        shared = self.pages.find(keys)
+        own = self.pages_wanted(seq) - len(shared)
+        if own + self.pages.unheld(shared) + len(self._running) > self.pages.free_pages:
+            return False
+        self.pages.hold(shared)
+        seq.pages = shared + self.pages.allocate(own, after=shared[-1] if shared else None)
+        seq.computed = len(shared) * self._page_size
+        seq.pages_shareable = len(shared)
+        self.counts.prefix_tokens_asked += seq.prefix_length
+        self.counts.prefix_tokens_hit += seq.computed
+        return True
 
     def _work(self, seq: Sequence, budget: int) -> Work:
         if seq.layers_done == self._layers:

@@ -72,6 +72,9 @@ class Sequence:
     While it waits it may gather layers one by one: `hidden` [prefix, hidden size] is the state of all prefix tokens
     after `layers_done` layers (0: the embeddings), and its pages hold the KV of the layers below. Once it runs,
     `computed` counts the positions whose KV is complete in all layers. Two sequences are never equal.
+
+    `page_keys` name the contents of its full pages, computed when first wanted; the first `pages_shareable` pages are
+    known to others by them.
     """
 
     request_id: str
@@ -85,6 +88,8 @@ class Sequence:
     hidden: torch.Tensor | None = None
     computed: int = 0
     pages: list[int] = field(default_factory=list)
+    pages_shareable: int = 0
+    page_keys: list[bytes] = field(default_factory=list)
 
     @property
     def order(self) -> tuple[float, str]:
@@ -120,6 +125,7 @@ class Sequence:
         self.hidden = None
         self.computed = 0
         self.pages = []
+        self.pages_shareable = 0
 
     def finish(self, context_length_max: int) -> FinishReason | None:
         """Why no token follows the last one; None while one does. The stop token itself is part of the output."""

@@ -104,6 +104,7 @@ def build(
             waiting_max=REQUESTS_WAITING_MAX,
             context_length_max=context_length_max,
         ),
+        key=manifest.digest,
     )
     memories = [DeviceMemory(segment.nbytes, host.device) for segment in manifest.segments]
     residency = Residency(manifest)
