@@ -276,7 +276,7 @@ def test_decisions_are_recorded_whole() -> None:
     problems = [p for file in files for p in bad_adr(str(file.relative_to(ROOT)), file.read_text())]
     assert not problems, "\n" + "\n".join(problems)
     numbers = [int(file.name[:4]) for file in files]
-    assert numbers == list(range(1, len(files) + 1)), "decision records are numbered without gaps"
+    assert len(numbers) == len(set(numbers)), "each decision record has a number of its own"
 
 
 def test_allowed_sleeps_exist() -> None:
