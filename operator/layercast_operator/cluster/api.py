@@ -1,33 +1,27 @@
-"""The few calls to a Kubernetes API server that the operator makes, as one small asyncio client.
+"""The few calls to a Kubernetes API server that the operator makes, over the official client.
 
 Every call has a deadline and ends in an answer or in a KubernetesError that says whether trying again can help.
-Who we are is read as kopf reads it: the service account in a pod, else the kubeconfig (tokens and certificates; no
-login programs). A service account's token is read again every minute, because it is replaced while we run.
+Objects stay plain values: the mirror and the status are compared and written as the server has them, so the client's
+model classes are not used, only its way to the server (configuration, TLS, tokens that are replaced while we run).
 """
 
 from __future__ import annotations
 
 import asyncio
-import base64
 import json
 import os
-import ssl
-import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import aiohttp
 import kopf
+from kubernetes.aio import client, config
 
 from layercast_operator.errors import KubernetesError, SettingsError
 
 CALL_DEADLINE_S = 5.0
 LIST_DEADLINE_S = 30.0
-TOKEN_AGE_MAX_S = 60.0
-_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
 APPLY = "application/apply-patch+yaml"
 MERGE = "application/merge-patch+json"
@@ -77,9 +71,8 @@ class KubeApi:
 
     def __init__(self, login: Login) -> None:
         self._login = login
-        self._session: aiohttp.ClientSession | None = None
-        self._token = login.info.token or ""
-        self._token_read_at = time.monotonic()
+        self._client: client.ApiClient | None = None
+        self._opening = asyncio.Lock()
 
     @property
     def login(self) -> Login:
@@ -88,9 +81,9 @@ class KubeApi:
 
     async def close(self) -> None:
         """Close the connections."""
-        if self._session is not None:
-            await self._session.close()
-            self._session = None
+        opened, self._client = self._client, None
+        if opened is not None:
+            await opened.close()
 
     async def call(
         self,
@@ -103,24 +96,23 @@ class KubeApi:
         deadline_s: float = CALL_DEADLINE_S,
     ) -> dict[str, Any]:
         """The answer's JSON. Raises KubernetesError."""
-        headers = {"Accept": "application/json", "Content-Type": content_type, **self._authorization()}
-        data = None if body is None else json.dumps(body)
-        timeout = aiohttp.ClientTimeout(total=deadline_s)
         try:
-            session = self._open()
-            async with session.request(
-                method,
-                f"{self._login.info.server.rstrip('/')}{path}",
-                data=data,
-                params=query,
-                headers=headers,
-                timeout=timeout,
-            ) as answer:
+            async with asyncio.timeout(deadline_s):
+                api = await self._open()
+                request = await api.param_serialize(
+                    method,
+                    path,
+                    query_params=list((query or {}).items()),
+                    header_params={"Accept": "application/json", "Content-Type": content_type},
+                    body=body,
+                    auth_settings=["BearerToken"],
+                )
+                answer = await api.call_api(*request, _request_timeout=deadline_s)
                 content = await answer.read()
-                if answer.status >= 400:
-                    raise _refusal(method, path, answer.status, content)
-                parsed = json.loads(content)
-        except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
+            if answer.status >= 400:
+                raise _refusal(method, path, answer.status, content)
+            parsed = json.loads(content)
+        except (aiohttp.ClientError, client.ApiException, TimeoutError, OSError, ValueError) as error:
             raise KubernetesError(f"{method} {path}: {error!r}", code=0) from error
         if not isinstance(parsed, dict):
             raise KubernetesError(f"{method} {path}: the answer is no object", code=0)
@@ -137,29 +129,22 @@ class KubeApi:
         query = {"fieldManager": owner, "force": "true"}
         return await self.call("PATCH", path, body=body, query=query, content_type=APPLY)
 
-    def _open(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            self._session = aiohttp.ClientSession(
-                connector=aiohttp.TCPConnector(ssl=_tls(self._login.info), limit=32),
-                trust_env=False,
-            )
-        return self._session
-
-    def _authorization(self) -> dict[str, str]:
-        now = time.monotonic()
-        if self._login.in_pod and now - self._token_read_at > TOKEN_AGE_MAX_S:
-            self._token_read_at = now
-            try:
-                self._token = (_ACCOUNT / "token").read_text(encoding="utf-8").strip() or self._token
-            except OSError:
-                return {"Authorization": f"Bearer {self._token}"}
-        if self._token:
-            return {"Authorization": f"Bearer {self._token}"}
-        info = self._login.info
-        if info.username and info.password:
-            both = base64.b64encode(f"{info.username}:{info.password}".encode()).decode()
-            return {"Authorization": f"Basic {both}"}
-        return {}
+    async def _open(self) -> client.ApiClient:
+        """The client; it reads a service account's token again while it runs."""
+        async with self._opening:
+            if self._client is None:
+                configuration = client.Configuration()
+                # Inside the cluster, whatever proxies the environment names.
+                configuration.client_session_kwargs = {"trust_env": False}
+                try:
+                    if self._login.in_pod:
+                        config.load_incluster_config(client_configuration=configuration)
+                    else:
+                        await config.load_kube_config(client_configuration=configuration)
+                except config.ConfigException as error:
+                    raise OSError(f"no way to log in: {error}") from error
+                self._client = client.ApiClient(configuration)
+            return self._client
 
 
 def _refusal(method: str, path: str, status: int, content: bytes) -> KubernetesError:
@@ -168,32 +153,6 @@ def _refusal(method: str, path: str, status: int, content: bytes) -> KubernetesE
     except (ValueError, AttributeError):
         message = content[:200].decode("utf-8", "replace")
     return KubernetesError(f"{method} {path}: {message or 'no reason given'}", code=status)
-
-
-def _tls(info: kopf.ConnectionInfo) -> ssl.SSLContext:
-    context = ssl.create_default_context(cafile=_path(info.ca_path), cadata=_decoded(info.ca_data))
-    if info.insecure:
-        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-    if info.certificate_path and info.private_key_path:
-        context.load_cert_chain(_path(info.certificate_path) or "", _path(info.private_key_path))
-    elif info.certificate_data and info.private_key_data:
-        # The standard library reads certificates from files only; this one lives for a moment and is ours alone.
-        with tempfile.NamedTemporaryFile("w", suffix=".pem") as file:
-            file.write(f"{_decoded(info.certificate_data)}\n{_decoded(info.private_key_data)}\n")
-            file.flush()
-            context.load_cert_chain(file.name)
-    return context
-
-
-def _path(value: object) -> str | None:
-    return str(value) if value else None
-
-
-def _decoded(value: str | bytes | None) -> str | None:
-    if not value:
-        return None
-    text = value.decode("ascii") if isinstance(value, bytes) else value
-    return text if text.lstrip().startswith("-----") else base64.b64decode(text).decode("ascii")
 
 
 async def pause(stop: asyncio.Event, seconds: float) -> bool:
