@@ -36,10 +36,13 @@ _FAMILIES = _load("families")
 _built: dict[str, Any] = {}
 
 
-def _tiny(family: str) -> Any:
-    if family not in _built:
-        _built[family] = _FAMILIES.build(family)
-    return _built[family]
+_EVERY = [f"{family}:{block}" for family in _FAMILIES.CONFIGS for block in _FAMILIES.blocks(family)]
+
+
+def _tiny(name: str) -> Any:
+    if name not in _built:
+        _built[name] = _FAMILIES.build(*name.split(":"))
+    return _built[name]
 
 
 @pytest.fixture(scope="session")
@@ -49,26 +52,42 @@ def families() -> ModuleType:
 
 
 DIFFERENT = [
-    "llama-tied-biased",
-    "qwen2-windowed",
-    "gemma3_text",
-    "gpt_oss",
-    "granite",
-    "deepseek_v3",
-    "gpt_neox",
+    "llama-tied-biased:generic",
+    "llama-tied-biased:fast",
+    "mistral:fast",
+    "qwen2-windowed:generic",
+    "qwen2-windowed:fast",
+    "qwen3:fast",
+    "gemma3_text:generic",
+    "gpt_oss:generic",
+    "granite:generic",
+    "deepseek_v3:generic",
+    "gpt_neox:generic",
 ]
 """Families that differ in what the engine does, not only in what their layers compute."""
 
 
-@pytest.fixture(params=list(_FAMILIES.CONFIGS) if os.environ.get("LAYERCAST_EVERY_FAMILY") else DIFFERENT)
+@pytest.fixture(params=_EVERY if os.environ.get("LAYERCAST_EVERY_FAMILY") else DIFFERENT)
 def tiny(request: pytest.FixtureRequest) -> Any:
     """A tiny model of each of some families; of all when `LAYERCAST_EVERY_FAMILY` is set."""
     return _tiny(request.param)
 
 
-@pytest.fixture(params=list(_FAMILIES.CONFIGS))
+@pytest.fixture(params=_EVERY)
 def any_tiny(request: pytest.FixtureRequest) -> Any:
-    """A tiny model of each family."""
+    """A tiny model of each family, by each block implementation that runs it."""
+    return _tiny(request.param)
+
+
+@pytest.fixture(params=[name for name in _EVERY if name.endswith(":fast")])
+def fast(request: pytest.FixtureRequest) -> Any:
+    """A tiny model of each family that the fast block runs."""
+    return _tiny(request.param)
+
+
+@pytest.fixture(params=["llama:generic", "llama:fast"])
+def either_llama(request: pytest.FixtureRequest) -> Any:
+    """A tiny Llama by each block implementation."""
     return _tiny(request.param)
 
 

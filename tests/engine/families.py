@@ -9,15 +9,19 @@ from typing import Any
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
+from layercast_agent.engine import llama
+from layercast_agent.engine.architectures import transformers_config
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import LayeredModel, shape_of
+from layercast_agent.engine.model import LayeredModel, Wanted, build_model, shape_of
 from layercast_agent.engine.sequence import SamplingParams, Sequence, TokenEvent
+from layercast_agent.layout import plan_segments
 
 CPU = torch.device("cpu")
 VOCABULARY = 199
 WINDOW = 6  # shorter than most prompts of the tests
 STEPS_MAX = 400
+WORDS = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 _SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -206,6 +210,11 @@ class Tiny:
             self._answers[key] = answer[0, len(prompt) :].tolist()
         return self._answers[key]
 
+    @property
+    def wanted(self) -> Wanted:
+        """The block implementation that runs it."""
+        return Wanted(self.model.block.partition("/")[0])
+
     def engine(self, *, pages: int = 64, page_size: int = 4, **limits: int) -> Engine:
         """A fresh engine over this model."""
         values = {
@@ -221,7 +230,13 @@ class Tiny:
         )
 
 
-def build(family: str, *, seed: int = 0) -> Tiny:
+def blocks(family: str) -> list[str]:
+    """The block implementations that run a family."""
+    fast = isinstance(llama.read(transformers_config(config_of(family))), llama.LlamaShape)
+    return ["generic", "fast"] if fast else ["generic"]
+
+
+def build(family: str, block: str = "auto", *, seed: int = 0) -> Tiny:
     """A model with random parameters, strong enough that tokens depend on everything before them."""
     config = config_of(family)
     values = {key: value for key, value in config.items() if key != "architectures"}
@@ -244,14 +259,15 @@ def build(family: str, *, seed: int = 0) -> Tiny:
     for name, buffer in judge.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.add_(torch.randn(buffer.shape, generator=generator), alpha=0.3)
-    return Tiny(config=config, judge=judge, model=attached(config, judge, "float32"))
+    return Tiny(config=config, judge=judge, model=attached(config, judge, "float32", Wanted(block)))
 
 
-def attached(config: dict[str, Any], judge: Any, dtype: str) -> LayeredModel:
+def attached(config: dict[str, Any], judge: Any, dtype: str, wanted: Wanted = Wanted.AUTO) -> LayeredModel:
     """Our model with the judge's parameters, in that precision."""
-    model = LayeredModel(config=config, shape=shape_of(config, dtype), device=CPU)
-    wanted = dict(model.named_tensors())
-    model.attach({n: t.to(wanted[n].dtype) for n, t in parameters(judge, model).items()})
+    model = build_model(config=config, shape=shape_of(config, dtype), device=CPU, wanted=wanted)
+    tensors = dict(model.named_tensors())
+    found = {name: value.to(tensors[name].dtype) for name, value in parameters(judge, model).items()}
+    model.attach(packed(found) if model.block.startswith("fast") else found)
     return model
 
 
@@ -266,6 +282,23 @@ def parameters(judge: Any, model: LayeredModel) -> dict[str, torch.Tensor]:
     """The judge's parameters under the names of a checkpoint."""
     stored = judge.state_dict()
     return {name: stored[name].detach() for name, _ in model.named_tensors()}
+
+
+def packed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors as views of one memory a segment, where a packed checkpoint has them."""
+    layers = 1 + max(int(name.split(".")[2]) for name in tensors if ".layers." in name)
+    shapes = {name: (WORDS[tensor.dtype], tuple(tensor.shape)) for name, tensor in tensors.items()}
+    found: dict[str, torch.Tensor] = {}
+    for segment in plan_segments(shapes, layers):
+        memory = torch.zeros(segment.nbytes, dtype=torch.uint8)
+        for spec in segment.tensors:
+            view = (
+                memory[spec.offset : spec.offset + spec.nbytes]
+                .view(tensors[spec.name].dtype)
+                .view(spec.shape)
+            )
+            found[spec.name] = view.copy_(tensors[spec.name])
+    return found
 
 
 def prompts(lengths: Ordered[int], *, seed: int = 1) -> list[tuple[int, ...]]:

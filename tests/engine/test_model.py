@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from layercast_agent.engine.attention import BatchPlan, Span
+from layercast_agent.engine.generic import GenericModel
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import LayeredModel, shape_of
+from layercast_agent.engine.model import Wanted, build_model, choose_block, shape_of
 from layercast_agent.errors import AgentError, CheckpointError, UnsupportedArchitectureError
 
 CPU = torch.device("cpu")
@@ -44,21 +45,25 @@ def test_shape() -> None:
     assert shape_of(SMOLLM2_SHAPE, "bfloat16") == shape
 
 
-def test_building_is_quick_and_without_parameters() -> None:
+@pytest.mark.parametrize("wanted", [Wanted.GENERIC, Wanted.FAST])
+def test_building_is_quick_and_without_parameters(wanted: Wanted) -> None:
     shape = shape_of(SMOLLM2_SHAPE, "float32")
     seconds = []
     for _ in range(3):
         started = time.thread_time()
-        model = LayeredModel(config=SMOLLM2_SHAPE, shape=shape, device=CPU)
+        model = build_model(config=SMOLLM2_SHAPE, shape=shape, device=CPU, wanted=wanted)
         seconds.append(time.thread_time() - started)
     assert all(parameter.is_meta for _, parameter in model.named_tensors())
     assert min(seconds) < 1.0
 
 
-def test_names_and_buffers(tiny: Any) -> None:
+def test_names_and_buffers(tiny: Any, families: ModuleType) -> None:
     names = [name for name, _ in tiny.model.named_tensors()]
     assert len(names) == len(set(names))
     assert ("lm_head.weight" in names) == (not tiny.model.shape.tied)
+    assert names == list(families.parameters(tiny.judge, tiny.model))
+    if not isinstance(tiny.model, GenericModel):
+        return
     buffers = dict(tiny.model._causal_lm.named_buffers())
     reference = dict(tiny.judge.named_buffers())
     assert buffers.keys() == reference.keys()
@@ -66,22 +71,24 @@ def test_names_and_buffers(tiny: Any) -> None:
         assert torch.equal(buffer, reference[name]), name
 
 
-def test_attaching_copies_nothing(llama: Any, families: ModuleType) -> None:
+def test_attaching_copies_nothing(either_llama: Any, families: ModuleType) -> None:
     """Parameters live in the given memory, in whatever order segments come; execution starts with the first."""
+    llama = either_llama
     tensors = families.parameters(llama.judge, llama.model)
-    memory = {name: tensor.clone() for name, tensor in tensors.items()}
-    model = LayeredModel(config=llama.config, shape=llama.model.shape, device=CPU)
+    memory = families.packed(tensors)
+    model = build_model(config=llama.config, shape=llama.model.shape, device=CPU, wanted=llama.wanted)
     kv = KVCache(model.shape, 4, device=CPU)
     batch = BatchPlan.of(kv, [Span(start=0, count=3, pages=kv.allocator.allocate(1))])
     hidden = torch.randn(3, model.shape.hidden_size)
     with pytest.raises(AgentError, match=r"model\.layers\.1"):
         model.run_layers(1, 2, hidden, batch)
     model.attach({name: tensor for name, tensor in memory.items() if ".layers.1." in name})
-    before = model.run_layers(1, 2, hidden, batch)
     for name, parameter in model.named_tensors():
         assert parameter.is_meta != (".layers.1." in name)
-    memory["model.layers.1.mlp.down_proj.weight"].zero_()
-    assert not torch.equal(model.run_layers(1, 2, hidden, batch), before)
+    for name in ("self_attn.k_proj", "mlp.up_proj"):
+        before = model.run_layers(1, 2, hidden, batch)
+        memory[f"model.layers.1.{name}.weight"].zero_()
+        assert not torch.equal(model.run_layers(1, 2, hidden, batch), before), name
     with pytest.raises(AgentError, match="segment 0"):
         model.embed(torch.tensor([1]))
     with pytest.raises(AgentError, match=f"segment {model.shape.layers + 1}"):
@@ -93,7 +100,8 @@ def test_a_tied_head_reads_the_embedding(gemma: Any) -> None:
     assert model._head.weight.data_ptr() == model._embed.weight.data_ptr()
 
 
-def test_wrong_tensors_are_named(llama: Any, gemma: Any) -> None:
+def test_wrong_tensors_are_named(either_llama: Any, gemma: Any) -> None:
+    llama = either_llama
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(CheckpointError, match="q_proj") as caught:
         llama.model.attach({name: torch.zeros(3, 3)})
@@ -142,12 +150,11 @@ def test_a_model_without_named_architecture_is_known_by_its_type() -> None:
     assert shape_of({**SMOLLM2_SHAPE, "architectures": None}, "float32").layers == 30
 
 
-def test_bfloat16_runs(llama: Any, families: ModuleType) -> None:
+def test_bfloat16_runs(either_llama: Any, families: ModuleType) -> None:
     """Close to fp32, and handoffs move bf16 bytes; equal tokens are promised for fp32 only."""
-    shape = shape_of(llama.config, "bfloat16")
-    model = LayeredModel(config=llama.config, shape=shape, device=CPU)
-    tensors = families.parameters(llama.judge, llama.model)
-    model.attach({name: tensor.bfloat16() for name, tensor in tensors.items()})
+    llama = either_llama
+    model = families.attached(llama.config, llama.judge, "bfloat16", llama.wanted)
+    shape = model.shape
     tiny = families.Tiny(config=llama.config, judge=llama.judge, model=model)
     prompt = families.prompts([9])[0]
     giver, taker = tiny.engine(), tiny.engine()
@@ -182,9 +189,35 @@ def test_engines_on_two_threads_do_not_mix(llama: Any, gemma: Any, families: Mod
     assert found == expected
 
 
+def test_the_fast_block_is_chosen_where_it_can_be() -> None:
+    assert choose_block(SMOLLM2_SHAPE).fast
+    assert not choose_block(SMOLLM2_SHAPE, Wanted.GENERIC).fast
+    for changes, reason in (
+        ({"hidden_act": "gelu"}, "gelu"),
+        ({"architectures": ["Olmo2ForCausalLM"], "model_type": "olmo2"}, "olmo2"),
+    ):
+        config = {**SMOLLM2_SHAPE, **changes}
+        choice = choose_block(config)
+        assert not choice.fast
+        assert reason in choice.reason
+        with pytest.raises(UnsupportedArchitectureError, match=reason):
+            choose_block(config, Wanted.FAST)
+
+
+def test_groups_of_matrices_are_read_as_one(fast: Any) -> None:
+    """The layout lays q, k, v and gate, up side by side; each group is one matrix then."""
+    weights = fast.model._weights(0)
+    # A bias shorter than the alignment leaves a gap behind it: its group is read part by part.
+    gap = fast.model.sizes.output_bias
+    assert len(weights.qkv.weights) == (3 if gap else 1)
+    assert len(weights.gate_up.weights) == 1
+    assert weights.gate_up.weights[0].shape == (2 * 48, 32)
+
+
 @pytest.mark.slow
-def test_smollm2(smollm2_folder: Path, families: ModuleType) -> None:
-    """The real model in fp32: a batch in chunks of three sizes, and a handoff at every layer, against generate."""
+@pytest.mark.parametrize("wanted", [Wanted.GENERIC, Wanted.FAST])
+def test_smollm2(smollm2_folder: Path, families: ModuleType, wanted: Wanted) -> None:
+    """The real model in fp32: a batch in chunks of two sizes, and handoffs at some layers, against generate."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -193,13 +226,13 @@ def test_smollm2(smollm2_folder: Path, families: ModuleType) -> None:
     judge = AutoModelForCausalLM.from_pretrained(
         smollm2_folder, dtype=torch.float32, attn_implementation="sdpa"
     ).eval()
-    model = LayeredModel(config=config, shape=shape_of(config, "float32"), device=CPU)
-    model.attach(tensors)
+    model = build_model(config=config, shape=shape_of(config, "float32"), device=CPU, wanted=wanted)
+    model.attach(families.packed(tensors))
     tiny = families.Tiny(config=config, judge=judge, model=model)
     tokenizer = AutoTokenizer.from_pretrained(smollm2_folder)
     texts = ["The capital of France is", "def fibonacci(n):", "Once upon a time, there was a fox who"]
     prompts = [tuple(tokenizer(text)["input_ids"]) for text in texts]
-    for step_tokens_max in (3, 8, 64):
+    for step_tokens_max in (3, 64):
         engine = tiny.engine(step_tokens_max=step_tokens_max, page_size=16, pages=32)
         for index, prompt in enumerate(prompts):
             engine.add(families.sequence(prompt, 6, name=f"r{index}", arrived_at=index))
@@ -207,7 +240,7 @@ def test_smollm2(smollm2_folder: Path, families: ModuleType) -> None:
         for index, prompt in enumerate(prompts):
             assert families.tokens(events, f"r{index}") == tiny.expected(prompt, 6)
         assert "Paris" in tokenizer.decode(families.tokens(events, "r0"))
-    for k in range(config["num_hidden_layers"] + 1):
+    for k in range(0, config["num_hidden_layers"] + 1, 6):
         giver, taker = tiny.engine(), tiny.engine()
         seq = families.sequence(prompts[2], 6)
         giver.add(seq)

@@ -13,7 +13,7 @@ from layercast.engine.v1alpha1 import engine_pb2 as pb
 
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import LayeredModel, shape_of
+from layercast_agent.engine.model import build_model, shape_of
 from layercast_agent.engine.sequence import TokenEvent
 from layercast_agent.worker import warm
 from layercast_agent.worker.desk import RequestDesk
@@ -47,7 +47,7 @@ class Bench:
 async def bench() -> AsyncIterator[Bench]:
     device = torch.device("cpu")
     shape = shape_of(warm.TINY, "F32")
-    model = LayeredModel(config=warm.TINY, shape=shape, device=device)
+    model = build_model(config=warm.TINY, shape=shape, device=device)
     tensors = {name: torch.randn(parameter.shape) for name, parameter in model.named_tensors()}
     engine = Engine(
         model=model,

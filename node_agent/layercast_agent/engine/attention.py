@@ -1,28 +1,25 @@
-"""Attention over paged KV for a batch of several requests laid end to end.
+"""Attention over paged KV for a batch of several requests laid end to end, and the seam for its implementations.
 
-transformers' decoder layers call one registered function with the queries, keys and values of all tokens of a step,
-[1, heads, T, head dim]. Which tokens belong to whom comes by a context variable, because not every family passes
-keyword arguments on to it. The function stores the new keys and values in their pages, then attends request by
-request over what its pages hold. Query heads that share keys and values (grouped-query attention) become more rows
+An `AttentionKernel` gets the queries, keys and values of all tokens of a step, stores the new keys and values in
+their pages, then attends request by request over what its pages hold. Which tokens belong to whom is in the
+`BatchPlan`; everything in it that is equal for all layers is computed once a step.
+
+`TorchAttention` needs nothing but torch and does everything that any supported family asks for; it is the reference
+that the others are tested against. Query heads that share keys and values (grouped-query attention) become more rows
 of one query, so shared keys and values are never repeated.
-
-Everything that is equal for all layers is computed once a step, in `BatchPlan`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from layercast_agent.engine.kv import KVCache
-
-ATTENTION = "layercast_paged"
-"""Name under which the function is registered with transformers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +35,27 @@ class Span:
         """First position after the span, and so the number of positions that its last token sees."""
         return self.start + self.count
 
+    def slots(self, page_size: int) -> list[int]:
+        """Where the KV of each position of the span is stored."""
+        pages = self.pages
+        return [
+            pages[position // page_size] * page_size + position % page_size
+            for position in range(self.start, self.stop)
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PageTables:
+    """The batch as kernels that read pages in place want it; all int32, on the device. n requests.
+
+    `pages` [n, widest]: rows are filled up with 0. `stops` [n]: positions that each request's last token sees.
+    `offsets` [n + 1]: request r has the tokens [offsets[r], offsets[r + 1]) of the batch, its last ones.
+    """
+
+    pages: torch.Tensor
+    stops: torch.Tensor
+    offsets: torch.Tensor
+
 
 @dataclass(slots=True, kw_only=True)
 class _Reading:
@@ -52,7 +70,7 @@ class _Reading:
     causal: bool
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(kw_only=True)
 class BatchPlan:
     """Where the T tokens of a batch belong: made by `of`, valid for one step.
 
@@ -68,9 +86,26 @@ class BatchPlan:
     @classmethod
     def of(cls, kv: KVCache, spans: Sequence[Span]) -> BatchPlan:
         """The plan of a batch whose tokens are those of the spans, in order."""
-        positions = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        slots = torch.cat([kv.slots(span.pages, span.start, span.stop) for span in spans])
-        return cls(kv=kv, spans=spans, positions=positions.to(kv.device), slots=slots.to(kv.device))
+        # Plain lists: a tensor operation a request would cost a decoding batch more than a layer does.
+        positions = [position for span in spans for position in range(span.start, span.stop)]
+        slots = [slot for span in spans for slot in span.slots(kv.page_size)]
+        both = torch.tensor([positions, slots], dtype=torch.int64).to(kv.device)
+        return cls(kv=kv, spans=spans, positions=both[0], slots=both[1])
+
+    @cached_property
+    def tables(self) -> PageTables:
+        """The same for kernels that walk pages themselves."""
+        widest = max(len(span.pages) for span in self.spans)
+        offsets = [0]
+        for span in self.spans:
+            offsets.append(offsets[-1] + span.count)
+        device = self.kv.device
+        pages = [[*span.pages, *(0,) * (widest - len(span.pages))] for span in self.spans]
+        return PageTables(
+            pages=torch.tensor(pages, dtype=torch.int32).to(device),
+            stops=torch.tensor([span.stop for span in self.spans], dtype=torch.int32).to(device),
+            offsets=torch.tensor(offsets, dtype=torch.int32).to(device),
+        )
 
     def readings(self, window: int | None) -> list[_Reading]:
         """For each span what it reads in a layer with that sliding window (None: everything before)."""
@@ -103,68 +138,91 @@ def _in_one_run(span: Span, page_size: int, first: int) -> slice | None:
     return slice(pages[0] * page_size + first, pages[0] * page_size + span.stop)
 
 
-current_batch: ContextVar[BatchPlan] = ContextVar("current_batch")
-"""The batch whose layers are being called on this thread."""
-
-
-def paged_attention(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' attention interface: q [1, H, T, D], k and v [1, Hkv, T, D] to ([1, T, H, D], None).
-
-    Only the `sliding_window` argument counts, not the module's attribute, which some families set on layers that
-    see everything. `s_aux` are the attention sinks. `attention_mask` is not used: the plan knows better.
-    """
-    plan = current_batch.get()
-    layer = int(module.layer_idx)  # type: ignore[arg-type]
-    width = value.shape[-1]
-    if width < key.shape[-1]:  # latent attention: the cache is as wide as the keys
-        value = pad(value, (0, key.shape[-1] - width))
-    plan.kv.write(layer, plan.slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
-    scoring = _Scoring(
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-        softcap=softcap,
-        sinks=kwargs.get("s_aux"),
-    )
-    attend = _fused if scoring.plain else _explicit
-    keys, values = plan.kv.by_head(layer)
-    grouped = query[0].view(key.shape[1], -1, *query.shape[2:])
-    output = query.new_empty((query.shape[2], *grouped.shape[:2], value.shape[-1]))
-    row = 0
-    for span, reading in zip(plan.spans, plan.readings(sliding_window), strict=True):
-        rows = slice(row, row + span.count)
-        attended = attend(
-            grouped[:, :, rows], keys[:, reading.slots], values[:, reading.slots], reading, scoring
-        )
-        output[rows] = attended.permute(2, 0, 1, 3)
-        row += span.count
-    return output[..., :width].flatten(1, 2)[None], None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Scoring:
-    """How a layer turns products into weights. `sinks` [H]: a logit for attending to nothing."""
+class Scoring:
+    """How a layer turns products into weights.
+
+    `window`: a token sees itself and the window - 1 tokens before it; None sees all. `softcap`: scores are squeezed
+    into (-softcap, softcap). `sinks` [H]: a logit a head for attending to nothing.
+    """
 
     scale: float
-    softcap: float | None
-    sinks: torch.Tensor | None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
 
     @property
     def plain(self) -> bool:
+        """Nothing but products, a scale and a mask."""
         return self.softcap is None and self.sinks is None
 
 
+class AttentionKernel(Protocol):
+    """Stores the keys and values of a step's tokens in one layer's pages and attends."""
+
+    @property
+    def name(self) -> str:
+        """For status: "sdpa", "triton", ..."""
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        batch: BatchPlan,
+        layer: int,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """query [T, H, D], key and value [T, Hkv, D], rotated and of any strides, to [T, H, D] contiguous.
+
+        Values may be narrower than keys, and so is the result then.
+        """
+
+
+def attention_for(device: torch.device) -> AttentionKernel:
+    """The best implementation for a device."""
+    return TorchAttention()
+
+
+class TorchAttention:
+    """torch's scaled_dot_product_attention, request by request."""
+
+    name = "sdpa"
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        *,
+        batch: BatchPlan,
+        layer: int,
+        scoring: Scoring,
+    ) -> torch.Tensor:
+        """As AttentionKernel."""
+        width = value.shape[-1]
+        if width < key.shape[-1]:  # latent attention: the cache is as wide as the keys
+            value = pad(value, (0, key.shape[-1] - width))
+        batch.kv.write(layer, batch.slots, key, value)
+        attend = _fused if scoring.plain else _explicit
+        keys, values = batch.kv.by_head(layer)
+        # [T, H, D] to [Hkv, G, T, D]
+        grouped = query.reshape(len(query), key.shape[1], -1, query.shape[2]).permute(1, 2, 0, 3)
+        output = query.new_empty((query.shape[0], *grouped.shape[:2], value.shape[-1]))
+        row = 0
+        for span, reading in zip(batch.spans, batch.readings(scoring.window), strict=True):
+            rows = slice(row, row + span.count)
+            attended = attend(
+                grouped[:, :, rows], keys[:, reading.slots], values[:, reading.slots], reading, scoring
+            )
+            output[rows] = attended.permute(2, 0, 1, 3)
+            row += span.count
+        return output[..., :width].flatten(1, 2)
+
+
 def _fused(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: _Scoring
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: Scoring
 ) -> torch.Tensor:
     """Attention of one span by torch's kernels: query [Hkv, G, T, D], keys and values [Hkv, S, D] to [Hkv, G, T, D].
 
@@ -189,7 +247,7 @@ def _fused(
 
 
 def _explicit(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: _Scoring
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, reading: _Reading, scoring: Scoring
 ) -> torch.Tensor:
     """The same, written out, for what the kernels cannot do: logit soft-capping and attention sinks."""
     kv_heads, group, count, _ = query.shape

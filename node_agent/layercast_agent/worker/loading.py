@@ -15,7 +15,7 @@ from layercast.agent.v1alpha1 import agent_pb2
 from layercast_agent.device import DeviceMemory
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import LayeredModel, ModelShape, shape_of
+from layercast_agent.engine.model import ModelShape, build_model, shape_of
 from layercast_agent.holdings import Holding
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
@@ -93,7 +93,7 @@ def build(
         context_length_max=context_length_max,
         batch_size_max=batch_size_max,
     )
-    model = LayeredModel(config=manifest.config, shape=shape, device=host.device)
+    model = build_model(config=manifest.config, shape=shape, device=host.device)
     model.check({spec.name: spec.shape for segment in manifest.segments for spec in segment.tensors})
     engine = Engine(
         model=model,

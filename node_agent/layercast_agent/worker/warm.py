@@ -12,7 +12,7 @@ import torch
 
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import LayeredModel, shape_of
+from layercast_agent.engine.model import build_model, shape_of
 from layercast_agent.engine.sequence import SamplingParams, Sequence
 
 TINY = {
@@ -34,7 +34,7 @@ TINY = {
 def warm_up(device: torch.device) -> None:
     """Runs a prompt and some tokens of a tiny random model."""
     shape = shape_of(TINY, "F32")
-    model = LayeredModel(config=TINY, shape=shape, device=device)
+    model = build_model(config=TINY, shape=shape, device=device)
     generator = torch.Generator().manual_seed(0)
     model.attach(
         {
