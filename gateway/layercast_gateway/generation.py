@@ -68,10 +68,18 @@ class Choice:
         continues_prompt: bool,
         stops: Sequence[str],
         pieces: asyncio.Queue[Piece],
+        stop_token_ids: Sequence[int] = (),
+        min_tokens: int = 0,
     ) -> None:
-        """`continues_prompt` is true when the answer is one text with the prompt, as in a completion."""
+        """`continues_prompt` is true when the answer is one text with the prompt, as in a completion.
+
+        `stop_token_ids` end this request beside the model's own ends and are no more text than those. Stop strings
+        are not looked for in the first `min_tokens` tokens.
+        """
         self._index = index
         self._text = text
+        self._ends = frozenset((*text.stop_token_ids, *stop_token_ids))
+        self._min_tokens = min_tokens
         self._detokenizer = Detokenizer(
             text.decode, before=prompt[-CONTEXT_TOKENS:] if continues_prompt else ()
         )
@@ -87,12 +95,15 @@ class Choice:
         texts: list[str] = []
         for position, token_id in enumerate(token_ids):
             self.token_count += 1
-            if token_id in self._text.stop_token_ids:
+            if token_id in self._ends:
                 continue  # the end is a sign, not a part of the text
             if position < len(logprobs):
                 self._waiting.append(self._text_token(token_id, logprobs[position]))
             new = self._detokenizer.feed(token_id)
             self._seen += len(new)
+            if self.token_count <= self._min_tokens:
+                texts.append(new)
+                continue
             cut = self._matcher.feed(new)
             texts.append(cut.text)
             if cut.stopped_by is not None:

@@ -75,7 +75,8 @@ async def begin(
         queue: asyncio.Queue[Piece] = asyncio.Queue(
             sum(pieces_max(choices=wanted.choices, max_tokens=limit) for limit in limits)
         )
-        seed = secrets.randbits(63) if wanted.seed is None else wanted.seed
+        _check_ids(wanted, text)
+        seed = secrets.randbits(63) if wanted.sampling.seed is None else wanted.sampling.seed
         choices, request_ids, echoes = [], [], []
         for index in range(places):
             prompt, limit = prompts[index // wanted.choices], limits[index // wanted.choices]
@@ -93,6 +94,8 @@ async def begin(
                 prompt=prompt,
                 continues_prompt=wanted.kind is ApiKind.COMPLETION,
                 stops=wanted.stops,
+                stop_token_ids=wanted.sampling.stop_token_ids,
+                min_tokens=wanted.sampling.min_tokens,
                 pieces=queue,
             )
             dispatcher.submit(work, choice, admission=admission, accepted_at=accepted_at)
@@ -156,16 +159,35 @@ def _max_tokens(wanted: GenerationRequest, prompt: Sequence[int], context: int) 
 
 
 def _sampling(wanted: GenerationRequest, text: ModelText, *, limit: int, seed: int) -> engine_pb2.Sampling:
+    sampling = wanted.sampling
+    ends = () if sampling.ignore_eos else text.stop_token_ids
+    guide = sampling.guide
     return engine_pb2.Sampling(
-        temperature=wanted.temperature,
-        top_p=wanted.top_p,
-        top_k=wanted.top_k,
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
         seed=seed,
         max_tokens=limit,
-        stop_token_ids=text.stop_token_ids,
+        stop_token_ids=sorted({*ends, *sampling.stop_token_ids}),
         top_logprobs=wanted.top_logprobs,
         logprobs=wanted.logprobs,
+        min_p=sampling.min_p,
+        repetition_penalty=sampling.repetition_penalty,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logit_bias=dict(sampling.logit_bias),
+        min_tokens=sampling.min_tokens,
+        guide=engine_pb2.Guide(**{guide.kind: guide.text}) if guide is not None else None,
     )
+
+
+def _check_ids(wanted: GenerationRequest, text: ModelText) -> None:
+    for token_id, _ in wanted.sampling.logit_bias:
+        if token_id >= text.vocabulary_size:
+            message = (
+                f"`logit_bias` names token {token_id}; the vocabulary has {text.vocabulary_size} tokens."
+            )
+            raise ClientError(message, param="logit_bias", code="invalid_token_id")
 
 
 def _echo(wanted: GenerationRequest, text: ModelText, prompt: Sequence[int], index: int) -> str:

@@ -1,7 +1,8 @@
 """Requests of the OpenAI API: what is accepted, and what a client is told about the rest.
 
 A body becomes a `GenerationRequest`, the same value for both endpoints. A field that would change the meaning of the
-request and is not supported is refused by name; a field that only annotates it (`user`, `metadata`, ...) is ignored.
+request and is not supported is refused by name, and so is one that nobody knows; a field that only annotates the
+request (`user`, `metadata`, ...) is ignored.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any, TypeVar
 import msgspec
 
 from layercast_gateway.errors import ClientError, UnsupportedFieldError
+from layercast_gateway.sampling import Sampling, SamplingFields, parse_sampling, within
 
 CHOICES_MAX = 8
 STOPS_MAX = 16
@@ -28,36 +30,58 @@ COMPLETION_MAX_TOKENS_DEFAULT = 16
 _POSITION = re.compile(r"\(byte (\d+)\)")
 _PATH = re.compile(r" - at `\$\.?(.*)`$")
 
-# Fields that change the answer, with the values that leave it as it is. Anything else is refused.
+# Fields that change the answer and are not supported, with the values that leave it as it is. Anything else is refused.
 NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "add_generation_prompt": (True,),
+    "add_special_tokens": (True,),
+    "allowed_token_ids": (),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
-    "frequency_penalty": (0,),
+    "documents": ([],),
     "function_call": ("none",),
     "functions": ([],),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "ignore_eos": (False,),
-    "logit_bias": ({},),
-    "min_p": (0,),
-    "min_tokens": (0,),
+    "guided_whitespace_pattern": (),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
+    "prompt_embeds": (),
     "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "structured_outputs": (),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
     "suffix": ("",),
     "tool_choice": ("none",),
     "tools": ([],),
+    "truncate_prompt_tokens": (),
     "use_beam_search": (False,),
     "web_search_options": (),
 }
+
+ANNOTATIONS = frozenset(
+    (
+        "guided_decoding_backend",
+        "metadata",
+        "parallel_tool_calls",
+        "prediction",
+        "priority",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "reasoning_effort",
+        "request_id",
+        "safety_identifier",
+        "service_tier",
+        "store",
+        "user",
+        "verbosity",
+    )
+)
+"""Fields that do not change what a right answer is; whatever their value, they are ignored."""
 
 
 class StreamOptions(msgspec.Struct, kw_only=True):
@@ -66,16 +90,12 @@ class StreamOptions(msgspec.Struct, kw_only=True):
     include_usage: bool | None = None
 
 
-class _SharedFields(msgspec.Struct, kw_only=True):
+class _SharedFields(SamplingFields, kw_only=True):
     model: str
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: int | None = None
     stop: str | list[str] | None = None
-    seed: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    top_k: int | None = None
     max_tokens: int | None = None
 
 
@@ -126,11 +146,7 @@ class GenerationRequest:
     choices: int
     """Answers to each prompt (`n`)."""
     stops: tuple[str, ...]
-    seed: int | None
-    temperature: float
-    top_p: float
-    top_k: int
-    """0 means all."""
+    sampling: Sampling
     max_tokens: int | None
     """None means as many as fit the context."""
     logprobs: bool
@@ -149,7 +165,7 @@ def parse_chat(body: bytes) -> GenerationRequest:
     fields = _decode(body, ChatBody)
     if not fields.messages:
         raise ClientError("`messages` must not be empty.", param="messages")
-    top_logprobs = _within("top_logprobs", fields.top_logprobs, 0, TOP_LOGPROBS_CHAT_MAX) or 0
+    top_logprobs = within("top_logprobs", fields.top_logprobs, 0, TOP_LOGPROBS_CHAT_MAX) or 0
     if fields.top_logprobs is not None and not fields.logprobs:
         raise ClientError("`top_logprobs` needs `logprobs` to be true.", param="top_logprobs")
     limit_name = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
@@ -157,7 +173,7 @@ def parse_chat(body: bytes) -> GenerationRequest:
     return GenerationRequest(
         kind=ApiKind.CHAT,
         messages=tuple(_message(index, message) for index, message in enumerate(fields.messages)),
-        max_tokens=_within(limit_name, limit, 1, None),
+        max_tokens=_limit(limit_name, limit, fields),
         logprobs=bool(fields.logprobs),
         top_logprobs=top_logprobs,
         echo=False,
@@ -168,14 +184,14 @@ def parse_chat(body: bytes) -> GenerationRequest:
 def parse_completion(body: bytes) -> GenerationRequest:
     """The request of a completion body. ClientError names the position or the field that is wrong."""
     fields = _decode(body, CompletionBody)
-    top_logprobs = _within("logprobs", fields.logprobs, 0, LOGPROBS_COMPLETION_MAX)
+    top_logprobs = within("logprobs", fields.logprobs, 0, LOGPROBS_COMPLETION_MAX)
     if fields.echo and fields.logprobs is not None:
         raise UnsupportedFieldError("logprobs", hint="It cannot be combined with `echo`.")
     limit = COMPLETION_MAX_TOKENS_DEFAULT if fields.max_tokens is None else fields.max_tokens
     return GenerationRequest(
         kind=ApiKind.COMPLETION,
         prompts=_prompts(fields.prompt),
-        max_tokens=_within("max_tokens", limit, 1, None),
+        max_tokens=_limit("max_tokens", limit, fields),
         logprobs=top_logprobs is not None,
         top_logprobs=top_logprobs or 0,
         echo=bool(fields.echo),
@@ -196,7 +212,7 @@ def _decode(body: bytes, body_type: type[_Body]) -> _Body:
     except RecursionError as error:
         raise ClientError("The body is nested too deeply.", code="invalid_json") from error
     if isinstance(raw, dict):
-        _refuse_unsupported(raw)
+        _refuse_unsupported(raw, frozenset(body_type.__struct_fields__))
     try:
         return msgspec.convert(raw, body_type)
     except msgspec.ValidationError as error:
@@ -205,7 +221,10 @@ def _decode(body: bytes, body_type: type[_Body]) -> _Body:
         raise ClientError(f"The request is wrong: {error}.", param=param, code="invalid_type") from error
 
 
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
+def _refuse_unsupported(raw: dict[str, Any], known: frozenset[str]) -> None:
+    for name in raw:
+        if name not in known and name not in NEUTRAL and name not in ANNOTATIONS:
+            raise ClientError(f"Unknown parameter: `{name}`.", param=name, code="unknown_parameter")
     for name in sorted(raw.keys() & NEUTRAL.keys()):
         value = raw[name]
         same_type = (n for n in NEUTRAL[name] if isinstance(value, bool) == isinstance(n, bool))
@@ -216,35 +235,27 @@ def _refuse_unsupported(raw: dict[str, Any]) -> None:
 
 
 def _shared(fields: ChatBody | CompletionBody) -> dict[str, Any]:
-    temperature = _within("temperature", fields.temperature, 0, 2)
-    top_p = _within("top_p", fields.top_p, 0, 1)
-    if top_p == 0:
-        raise ClientError("`top_p` must be above 0.", param="top_p")
-    top_k = _within("top_k", fields.top_k, -1, 2**31)
     if fields.stream_options is not None and not fields.stream:
         raise ClientError("`stream_options` needs `stream` to be true.", param="stream_options")
     usage = fields.stream_options is not None and bool(fields.stream_options.include_usage)
     return {
         "model": fields.model,
-        "choices": _within("n", fields.n, 1, CHOICES_MAX) or 1,
+        "choices": within("n", fields.n, 1, CHOICES_MAX) or 1,
         "stops": _stops(fields.stop),
-        "seed": _within("seed", fields.seed, -(2**63), 2**64 - 1),
-        "temperature": 1.0 if temperature is None else temperature,
-        "top_p": 1.0 if top_p is None else top_p,
-        "top_k": max(top_k or 0, 0),
+        "sampling": parse_sampling(fields),
         "stream": bool(fields.stream),
         "include_usage": usage,
     }
 
 
-_Number = TypeVar("_Number", int, float)
-
-
-def _within(name: str, value: _Number | None, least: int, most: int | None) -> _Number | None:
-    if value is None or (least <= value and (most is None or value <= most)):
-        return value
-    wanted = f"between {least} and {most}" if most is not None else f"at least {least}"
-    raise ClientError(f"`{name}` is {value}; it must be {wanted}.", param=name, code="invalid_value")
+def _limit(name: str, limit: int | None, fields: ChatBody | CompletionBody) -> int | None:
+    """How many tokens the answer may have at most."""
+    found = within(name, limit, 1, None)
+    if found is not None and fields.min_tokens is not None and fields.min_tokens > found:
+        raise ClientError(
+            f"`min_tokens` is {fields.min_tokens}, more than `{name}`, which is {found}.", param="min_tokens"
+        )
+    return found
 
 
 def _stops(stop: str | list[str] | None) -> tuple[str, ...]:

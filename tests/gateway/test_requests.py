@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from layercast_gateway.errors import ClientError, ContextLengthError
 from layercast_gateway.intake import choice_seed
 from layercast_gateway.openai import NEUTRAL, GenerationRequest, parse_chat, parse_completion
+from layercast_gateway.sampling import SamplingFields
 
 USER = [{"role": "user", "content": "Hi"}]
 
@@ -26,8 +27,10 @@ def completion(**fields: Any) -> GenerationRequest:
 
 def test_defaults_are_openais() -> None:
     request = chat()
-    assert (request.temperature, request.top_p, request.top_k, request.choices) == (1.0, 1.0, 0, 1)
-    assert (request.max_tokens, request.seed, request.stream, request.logprobs) == (None, None, False, False)
+    sampling = request.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k, request.choices) == (1.0, 1.0, 0, 1)
+    assert (request.max_tokens, sampling.seed, request.stream, request.logprobs) == (None, None, False, False)
+    assert (sampling.min_p, sampling.repetition_penalty, sampling.guide) == (0.0, 1.0, None)
     assert completion().max_tokens == 16
 
 
@@ -36,10 +39,45 @@ def test_fields_are_taken() -> None:
         n=2, stop="x", seed=5, temperature=0.5, top_p=0.1, top_k=-1, max_tokens=3, max_completion_tokens=4,
         stream=True, stream_options={"include_usage": True}, logprobs=True, top_logprobs=20,
     )  # fmt: skip
-    assert (request.choices, request.stops, request.seed, request.top_k) == (2, ("x",), 5, 0)
+    assert (request.choices, request.stops) == (2, ("x",))
+    assert (request.sampling.seed, request.sampling.top_k) == (5, 0)
     assert (request.max_tokens, request.include_usage, request.top_logprobs) == (4, True, 20)
     assert completion(logprobs=0).logprobs
     assert chat(stop=None, n=None, user="me", metadata={}, store=False, service_tier="auto").stops == ()
+
+
+def test_sampling_fields_are_taken() -> None:
+    sampling = chat(
+        min_p=0.1, repetition_penalty=1.2, presence_penalty=-1, frequency_penalty=0.5, logit_bias={"7": -3, "5": 1},
+        min_tokens=2, max_tokens=4, ignore_eos=True, stop_token_ids=[9, 8, 9],
+    ).sampling  # fmt: skip
+    assert (sampling.min_p, sampling.repetition_penalty) == (0.1, 1.2)
+    assert (sampling.presence_penalty, sampling.frequency_penalty) == (-1, 0.5)
+    assert sampling.logit_bias == ((5, 1), (7, -3))
+    assert (sampling.min_tokens, sampling.ignore_eos, sampling.stop_token_ids) == (2, True, (8, 9))
+
+
+@pytest.mark.parametrize(
+    ("fields", "kind", "text"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type":"object"}'),
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}}, "json_schema", "{}"),
+        ({"guided_json": '{"type": "null"}'}, "json_schema", '{"type": "null"}'),
+        ({"guided_json": {"type": "null"}}, "json_schema", '{"type": "null"}'),
+        ({"guided_regex": "a+"}, "regex", "a+"),
+        ({"guided_grammar": "start: x"}, "grammar", "start: x"),
+        ({"guided_choice": ["yes", "nö"]}, "choice", '["yes", "nö"]'),
+        ({"structured_outputs": {"choice": ["a"]}}, "choice", '["a"]'),
+        ({"structured_outputs": {"json_object": True}}, "json_schema", '{"type":"object"}'),
+    ],
+)
+def test_guides_have_many_names(fields: dict[str, Any], kind: str, text: str) -> None:
+    guide = chat(**fields).sampling.guide
+    assert guide is not None and (guide.kind, guide.text) == (kind, text)
+
+
+def test_text_is_no_guide() -> None:
+    assert chat(response_format={"type": "text"}, structured_outputs={}).sampling.guide is None
 
 
 def test_content_is_text_or_text_parts() -> None:
@@ -75,10 +113,28 @@ def test_content_is_text_or_text_parts() -> None:
         ({"stream_options": {"include_usage": True}}, "stream_options"),
         ({"tools": [{"type": "function"}]}, "tools"),
         ({"tool_choice": "auto"}, "tool_choice"),
-        ({"response_format": {"type": "json_schema"}}, "response_format"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"frequency_penalty": 0.1}, "frequency_penalty"),
-        ({"presence_penalty": -1}, "presence_penalty"),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema"),
+        ({"response_format": {"type": "xml"}}, "response_format.type"),
+        ({"response_format": "json"}, "response_format"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias"),
+        ({"frequency_penalty": 2.1}, "frequency_penalty"),
+        ({"presence_penalty": -3}, "presence_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"guided_regex": ""}, "guided_regex"),
+        ({"guided_json": "{"}, "guided_json"),
+        ({"guided_json": 5}, "guided_json"),
+        ({"guided_choice": []}, "guided_choice"),
+        ({"guided_choice": ["a"], "guided_regex": "a"}, "guided_choice"),
+        ({"structured_outputs": {"tag": 1}}, "structured_outputs.tag"),
+        ({"structured_outputs": {"regex": "a", "choice": ["a"]}}, "structured_outputs"),
+        ({"guided_regex": "a", "ignore_eos": True}, "ignore_eos"),
+        ({"temprature": 0.5}, "temprature"),
     ],
 )
 def test_what_is_wrong_is_named(fields: dict[str, Any], param: str) -> None:
@@ -154,6 +210,7 @@ FIELDS = st.sampled_from(
         "stream_options",
         "top_p",
         "logprobs",
+        *SamplingFields.__struct_fields__,
         *NEUTRAL,
     ]
 )

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from layercast_agent.engine.attention import BatchPlan, Span
+from layercast_agent.engine.guidance import Guides, GuideState
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import LayeredModel
 from layercast_agent.engine.sampler import Choice, Draw, sample
@@ -57,10 +58,19 @@ class EngineLoad:
 class Engine:
     """Executes requests on one model and one KV cache, which it owns. `key` names the model."""
 
-    def __init__(self, *, model: LayeredModel, kv: KVCache, limits: EngineLimits, key: str = "") -> None:
+    def __init__(
+        self,
+        *,
+        model: LayeredModel,
+        kv: KVCache,
+        limits: EngineLimits,
+        key: str = "",
+        guides: Guides | None = None,
+    ) -> None:
         self.model = model
         self.limits = limits
         self._kv = kv
+        self._guides = guides
         self._layers = model.shape.layers
         self._scheduler = Scheduler(
             pages=kv.allocator, page_size=kv.page_size, layers=self._layers, limits=limits, key=key
@@ -75,6 +85,13 @@ class Engine:
         highest = max(*seq.prompt, *seq.generated, 0)
         if highest >= self.model.shape.vocab_size:
             raise RequestError(f"token {highest} is outside the vocabulary of {self.model.shape.vocab_size}")
+        sampling = seq.sampling
+        if any(token_id >= self.model.shape.vocab_size for token_id, _ in sampling.logit_bias):
+            raise RequestError(f"a bias is outside the vocabulary of {self.model.shape.vocab_size}")
+        if sampling.guide is not None:
+            if self._guides is None:
+                raise RequestError("answers of this model cannot be guided")
+            self._guides.check(sampling.guide)
 
     def add(self, seq: Sequence) -> None:
         """Queues a request. Raises as `check`, and NoCapacityError when the queue is full."""
@@ -157,7 +174,7 @@ class Engine:
             self._scheduler.advance(work)
         if complete:
             logits = self.model.logits(hidden[self._last_rows(works)])
-            draws = [Draw(sampling=work.seq.sampling, position=len(work.seq.generated)) for work in complete]
+            draws = [self._draw(work.seq) for work in complete]
             choices = sample(logits, draws)
             events += [self._accept(work.seq, choice) for work, choice in zip(complete, choices, strict=True)]
         return events
@@ -270,13 +287,34 @@ class Engine:
 
     def _accept(self, seq: Sequence, choice: Choice) -> TokenEvent:
         seq.generated.append(choice.token_id)
+        if seq.guide_state is not None:
+            seq.guide_state.accept([choice.token_id])
         event = self._event(seq, choice)
-        if event.finish is not None:
+        if event.finish is not None or event.error:
             self.release(seq)
         return event
 
     def _finish(self, seq: Sequence) -> FinishReason | None:
-        return seq.finish(self.limits.context_length_max)
+        reason = seq.finish(self.limits.context_length_max)
+        guide = self._guide(seq) if reason is None else None
+        return FinishReason.STOP if guide is not None and guide.finished else reason
+
+    def _guide(self, seq: Sequence) -> GuideState | None:
+        """Where a request stands in its grammar: worked out from its tokens when it is new here."""
+        guide = seq.sampling.guide
+        if guide is not None and self._guides is not None and seq.guide_state is None:
+            seq.guide_state = self._guides.start(guide, seq.generated)
+        return seq.guide_state
+
+    def _draw(self, seq: Sequence) -> Draw:
+        guide = self._guide(seq)
+        return Draw(
+            sampling=seq.sampling,
+            position=len(seq.generated),
+            prompt=seq.prompt,
+            generated=seq.generated,
+            allowed=None if guide is None else guide.allowed(),
+        )
 
     def _event(self, seq: Sequence, choice: Choice | None) -> TokenEvent:
         return TokenEvent(
@@ -287,6 +325,7 @@ class Engine:
             token_id=seq.generated[-1],
             logprobs=choice.logprobs if choice else None,
             finish=self._finish(seq),
+            error=seq.guide_state.error if seq.guide_state is not None else "",
         )
 
 

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from layercast_agent.engine.sequence import SamplingParams, TokenLogprobs
+from layercast_agent.engine.shaping import shape_logits
 
 Floats = npt.NDArray[np.float64]
 Ids = npt.NDArray[np.intp]
@@ -29,10 +30,22 @@ NUCLEUS_FIRST = 1024
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Draw:
-    """What a row of logits is for. `position` is the token's index among all generated tokens of its request."""
+    """What a row of logits is for. `position` is the token's index among all generated tokens of its request.
+
+    `prompt` and `generated` are the tokens before it, which penalties look at; `allowed` [vocabulary] is the guide's.
+    """
 
     sampling: SamplingParams
     position: int
+    prompt: Sequence[int] = ()
+    generated: Sequence[int] = ()
+    allowed: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def plain(self) -> bool:
+        """The largest logit wins and nobody asks for more."""
+        sampling = self.sampling
+        return sampling.temperature == 0 and not sampling.logprobs and not sampling.shaped
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,9 +60,7 @@ def sample(logits: torch.Tensor, draws: Sequence[Draw]) -> list[Choice]:
     """Chooses a token for each row of logits [N, vocabulary] float32. Rows do not influence each other."""
     greedy = _greedy(logits)
     return [
-        _choose(logits[row], draw, greedy[row])
-        if draw.sampling.temperature > 0 or draw.sampling.logprobs
-        else Choice(token_id=greedy[row])
+        Choice(token_id=greedy[row]) if draw.plain else _choose(logits[row], draw)
         for row, draw in enumerate(draws)
     ]
 
@@ -64,18 +75,26 @@ def _greedy(logits: torch.Tensor) -> list[int]:
     return best
 
 
-def _choose(row: torch.Tensor, draw: Draw, greedy: int) -> Choice:
+def _choose(row: torch.Tensor, draw: Draw) -> Choice:
     sampling = draw.sampling
     logits: Floats = row.cpu().numpy().astype(np.float64)
-    token_id = _draw(logits, draw) if sampling.temperature > 0 else greedy
+    shaped = logits
+    if sampling.shaped:
+        shaped = shape_logits(
+            logits, sampling, prompt=draw.prompt, generated=draw.generated, allowed=draw.allowed
+        )
+    token_id = _draw(shaped, draw) if sampling.temperature > 0 else int(np.argmax(shaped))
     logprobs = _logprobs(logits, token_id, sampling.top_logprobs) if sampling.logprobs else None
     return Choice(token_id=token_id, logprobs=logprobs)
 
 
 def _draw(logits: Floats, draw: Draw) -> int:
-    """Temperature, then top-k, then top-p, then the noise."""
+    """Temperature, then min-p, then top-k, then top-p, then the noise."""
     sampling = draw.sampling
     scaled = logits / sampling.temperature
+    if sampling.min_p > 0:
+        # "Turning up the heat", arXiv 2407.01082: relative to the best candidate's probability.
+        scaled[scaled < scaled.max() + np.log(sampling.min_p)] = -np.inf
     kept: Ids | None = None
     if 0 < sampling.top_k < len(scaled):
         kept = _best(scaled, sampling.top_k)

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+    from layercast_agent.engine.guidance import GuideState
+
 
 class FinishReason(Enum):
     """Why a request ended well."""
@@ -22,11 +24,21 @@ class FinishReason(Enum):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Guide:
+    """What an output must look like: `kind` "json_schema", "regex", "grammar" or "choice", and its text."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
     """How tokens are chosen; engine.proto's Sampling with its defaults filled in.
 
     `temperature` 0 is greedy. `top_p` in (0, 1]; `top_k` 0 means all tokens. `seed` is an unsigned 64-bit number.
-    `max_tokens` counts every generated token, replayed ones included.
+    `max_tokens` and `min_tokens` count every generated token, replayed ones included.
+
+    `min_p` in [0, 1]; `repetition_penalty` above 0, 1 for none; `logit_bias` pairs of token id and what is added.
     """
 
     max_tokens: int
@@ -37,6 +49,22 @@ class SamplingParams:
     stop_token_ids: frozenset[int] = frozenset()
     logprobs: bool = False
     top_logprobs: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
+    guide: Guide | None = None
+
+    @property
+    def shaped(self) -> bool:
+        """Whether logits change before a token is chosen, beside what chance does."""
+        return (
+            self.guide is not None
+            or self.repetition_penalty != 1
+            or bool(self.presence_penalty or self.frequency_penalty or self.logit_bias or self.min_tokens)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,7 +80,10 @@ class TokenLogprobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TokenEvent:
-    """One token of one request. `position` is its index among all generated tokens, replayed ones included."""
+    """One token of one request. `position` is its index among all generated tokens, replayed ones included.
+
+    `error` is set where the request cannot go on after this token, in words for its client.
+    """
 
     request_id: str
     attempt: int
@@ -61,6 +92,7 @@ class TokenEvent:
     token_id: int
     logprobs: TokenLogprobs | None = None
     finish: FinishReason | None = None
+    error: str = ""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -74,7 +106,7 @@ class Sequence:
     `computed` counts the positions whose KV is complete in all layers. Two sequences are never equal.
 
     `page_keys` name the contents of its full pages, computed when first wanted; the first `pages_shareable` pages are
-    known to others by them.
+    known to others by them. `guide_state` follows from the guide and the generated tokens; None until it is wanted.
     """
 
     request_id: str
@@ -90,6 +122,7 @@ class Sequence:
     pages: list[int] = field(default_factory=list)
     pages_shareable: int = 0
     page_keys: list[bytes] = field(default_factory=list)
+    guide_state: GuideState | None = None
 
     @property
     def order(self) -> tuple[float, str]:

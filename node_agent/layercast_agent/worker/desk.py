@@ -173,7 +173,7 @@ class RequestDesk:
         for gateway_id, batch in wire.events_by_gateway(mine).items():
             self._streams.send(gateway_id, batch)
         for event in mine:
-            if event.finish is not None:
+            if event.finish is not None or event.error:
                 self.disown(event.request_id)
 
     def _is_mine(self, event: TokenEvent) -> bool:

@@ -14,6 +14,7 @@ from layercast.agent.v1alpha1 import agent_pb2
 
 from layercast_agent.device import DeviceMemory
 from layercast_agent.engine.engine import Engine, EngineLimits
+from layercast_agent.engine.guidance import Guides
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import ModelShape, build_model, shape_of
 from layercast_agent.holdings import Holding
@@ -105,6 +106,7 @@ def build(
             context_length_max=context_length_max,
         ),
         key=manifest.digest,
+        guides=Guides(files=files, vocab_size=shape.vocab_size),
     )
     memories = [DeviceMemory(segment.nbytes, host.device) for segment in manifest.segments]
     residency = Residency(manifest)

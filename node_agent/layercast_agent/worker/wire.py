@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from layercast.agent.v1alpha1 import agent_pb2
 from layercast.engine.v1alpha1 import engine_pb2 as pb
 
-from layercast_agent.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent
+from layercast_agent.engine.sequence import FinishReason, Guide, SamplingParams, Sequence, TokenEvent
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -33,9 +33,21 @@ def sequence_of(request: pb.Request) -> Sequence:
             stop_token_ids=frozenset(sampling.stop_token_ids),
             logprobs=sampling.logprobs,
             top_logprobs=sampling.top_logprobs,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty or 1.0,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=tuple(sorted(sampling.logit_bias.items())),
+            min_tokens=sampling.min_tokens,
+            guide=_guide(sampling),
         ),
         arrived_at=request.arrived_at.ToNanoseconds() / 1e9,
     )
+
+
+def _guide(sampling: pb.Sampling) -> Guide | None:
+    kind = sampling.guide.WhichOneof("kind")
+    return Guide(kind=kind, text=getattr(sampling.guide, kind)) if kind else None
 
 
 def request_of(seq: Sequence, *, model: str) -> pb.Request:
@@ -57,6 +69,13 @@ def request_of(seq: Sequence, *, model: str) -> pb.Request:
             stop_token_ids=sorted(sampling.stop_token_ids),
             logprobs=sampling.logprobs,
             top_logprobs=sampling.top_logprobs,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            logit_bias=dict(sampling.logit_bias),
+            min_tokens=sampling.min_tokens,
+            guide=pb.Guide(**{sampling.guide.kind: sampling.guide.text}) if sampling.guide else None,
         ),
     )
     request.arrived_at.FromNanoseconds(int(seq.arrived_at * 1e9))
@@ -108,6 +127,9 @@ def events_of(token: TokenEvent) -> list[pb.Event]:
         entry = event.tokens.logprobs.add(logprob=token.logprobs.logprob)
         for token_id, logprob in token.logprobs.top:
             entry.top.add(token_id=token_id, logprob=logprob)
+    if token.error:
+        failed = pb.Failed(client_fault=True, message=token.error)
+        return [event, pb.Event(request_id=token.request_id, attempt=token.attempt, failed=failed)]
     if token.finish is None:
         return [event]
     finished = pb.Event(
