@@ -67,8 +67,8 @@ else
 	@$(BIN)/python -m pytest tests/cluster -q $(ARGS)
 endif
 
-.PHONY: check check-style check-types check-imports check-proto check-generated check-tidy
-check: check-style check-types check-imports check-proto check-generated check-tidy ## Lint, types, import contracts, protos, house rules
+.PHONY: check check-style check-types check-imports check-proto check-generated check-chart check-tidy
+check: check-style check-types check-imports check-proto check-generated check-chart check-tidy ## Lint, types, import contracts, protos, house rules
 	@echo "All checks pass."
 
 check-style: $(STAMP)
@@ -87,6 +87,10 @@ check-proto: $(STAMP)
 check-generated: $(STAMP)
 	$(call quietly,generated code,tools/proto.sh --check)
 
+check-chart: $(STAMP)
+	$(call quietly,dashboards,$(BIN)/python tools/dashboards.py --check)
+	$(call quietly,chart and manifests,$(BIN)/python tools/chart.py check)
+
 check-tidy: $(STAMP)
 	$(call quietly,house rules,$(BIN)/python -m pytest -q tests/test_tidy.py tests/test_imports.py tests/test_docs.py)
 
@@ -97,6 +101,15 @@ proto: $(STAMP) ## Generate proto/gen from proto/ (commit the result)
 .PHONY: crd
 crd: $(STAMP) ## Generate the CRD and its page from the operator's table (commit the result)
 	@$(BIN)/python -m layercast_operator.crd --write
+
+.PHONY: manifests
+manifests: crd ## Write what is made from something else: CRD, dashboards, manifests/install.yaml (commit the result)
+	@$(BIN)/python tools/dashboards.py
+	@$(BIN)/python tools/chart.py write
+
+.PHONY: images
+images: $(STAMP) ## Build the three images as archives, without Docker; LAYERCAST_IMAGE_LOADER loads them
+	@$(BIN)/python tools/images.py
 
 .PHONY: fmt
 fmt: $(STAMP) ## Format the code and mend what ruff can mend

@@ -47,8 +47,10 @@ class Api:
         self._active = 0
         self._idle = asyncio.Event()
         self._idle.set()
+        self.leaving = False
+        """Set when the process is to end: readiness is denied, new requests are still taken."""
         self.closing = False
-        """Set when the process ends: new requests are refused, readiness is denied."""
+        """Set when it ends: new requests are refused."""
 
     def application(self) -> web.Application:
         """The routes."""
@@ -184,7 +186,8 @@ class Api:
         table = self._dispatcher.table
         found = {model: self._dispatcher.available(model) for model in table or ()}
         models = {model: {"serving": a.serving, "coming": a.coming} for model, a in sorted(found.items())}
-        if self.closing:
+        leaving = self.leaving or self.closing
+        if leaving:
             reason = "this gateway is shutting down"
         elif table is None:
             reason = "no routing table from the operator yet"
@@ -192,7 +195,7 @@ class Api:
             reason = "routing table known, at least one model has a serving replica"
         else:
             reason = "routing table known, no model has a serving replica"
-        ready = table is not None and not self.closing
+        ready = table is not None and not leaving
         body = {"ready": ready, "reason": reason, "routes_known": table is not None, "models": models}
         return _json(body, status=200 if ready else 503)
 

@@ -76,11 +76,17 @@ class Gateway:
         await asyncio.gather(*self._tasks)
 
     async def stop(self) -> None:
-        """Refuses new requests, lets those in flight end within the grace, and closes everything."""
+        """Denies readiness, then refuses new requests, lets those in flight end within the grace, closes all."""
+        self._api.leaving = True
+        settings = self._settings
+        log.info(
+            "gateway is shutting down",
+            extra={"lame_duck_s": settings.lame_duck_s, "grace_s": settings.drain_grace_s},
+        )
+        await asyncio.sleep(settings.lame_duck_s)
         self._api.closing = True
-        log.info("gateway is shutting down", extra={"grace_s": self._settings.drain_grace_s})
         try:
-            async with asyncio.timeout(self._settings.drain_grace_s):
+            async with asyncio.timeout(settings.drain_grace_s):
                 await self._api.until_idle()
         except TimeoutError:
             log.warning("the grace is over, requests in flight are ended")

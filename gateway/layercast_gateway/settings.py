@@ -41,8 +41,12 @@ class Settings:
     silence_s: float = 2.0
     """After a lost stream: how long a request that may have been there too stays unheard of before it is replayed."""
 
+    lame_duck_s: float = 0.0
+    """After SIGTERM: how long new requests are still taken, while readiness already says no. Proxies in front need
+    a moment until they send to others; without one, 0."""
+
     drain_grace_s: float = 30.0
-    """After SIGTERM: how long requests in flight may go on."""
+    """After that: how long requests in flight may go on."""
 
     body_bytes_max: int = 8 << 20
     """Largest request body; larger ones are answered with 413."""
@@ -66,7 +70,7 @@ class Settings:
             "silence_s",
         ):
             _at_least(self, name, least=0, above=True)
-        for name in ("no_replica_wait_s", "drain_grace_s"):
+        for name in ("no_replica_wait_s", "lame_duck_s", "drain_grace_s"):
             _at_least(self, name, least=0)
         _at_least(self, "body_bytes_max", least=1024)
         _one_of(self, "log_format", ("text", "json"))

@@ -151,7 +151,7 @@ def _limits(child: Schema) -> str:
 
 
 FILES = {
-    "charts/layercast/crds/modelservices.yaml": yaml_text,
+    "charts/layercast/files/crd.yaml": yaml_text,
     "manifests/crd.yaml": yaml_text,
     "docs/modelservice.md": page_text,
 }

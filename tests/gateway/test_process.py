@@ -75,6 +75,23 @@ async def test_sigterm_finishes_what_is_in_flight(world: World, stream: bool) ->
         assert await within(process.wait()) == 0
 
 
+async def test_a_lame_duck_still_takes_requests(world: World) -> None:
+    """Proxies go on sending until they have seen that it is not ready: those requests must not fail."""
+    worker = await world.worker(automatic=True)
+    await world.operator.publish((worker, "SERVING"))
+    async with running(world, "--lame-duck-s", "2") as (process, address):
+        await within(worker.connected.wait())
+        client = openai.AsyncOpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0)
+        world.clients.append(client)
+        process.send_signal(signal.SIGTERM)
+        await log_line(process, "gateway is shutting down")
+        async with world.session().get(f"http://{address}/readyz") as ready:
+            assert ready.status == 503
+        late = await within(client.completions.create(model=MODEL, prompt="x"))
+        assert late.choices[0].text == "Hello world!"
+        assert await within(process.wait()) == 0
+
+
 async def test_sigterm_ends_what_does_not_finish(world: World) -> None:
     worker = await world.worker(automatic=False)
     await world.operator.publish((worker, "SERVING"))
