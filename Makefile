@@ -59,13 +59,9 @@ test-processes: $(STAMP) ## ... only those that start (and kill) real gateways, 
 	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m processes $(ARGS)
 
 .PHONY: test-cluster
-test-cluster: $(STAMP) ## Run the tests that need Kubernetes, against $KUBECONFIG
-ifeq ($(wildcard tests/cluster/test_*.py),)
-	@echo 'There are no cluster tests yet: they come with the issue "Layercast on Kubernetes".'
-else
+test-cluster: $(STAMP) model ## Run the tests that need Kubernetes, against $KUBECONFIG, with the images of `make images`
 	@test -n "$${KUBECONFIG:-}" || { echo "Set KUBECONFIG to a cluster that the tests may use." >&2; exit 2; }
 	@$(BIN)/python -m pytest tests/cluster -q $(ARGS)
-endif
 
 .PHONY: check check-style check-types check-imports check-proto check-generated check-chart check-tidy
 check: check-style check-types check-imports check-proto check-generated check-chart check-tidy ## Lint, types, import contracts, protos, house rules

@@ -216,10 +216,10 @@ def _known_libraries() -> set[Path]:
 
 
 def libraries_layer(path: Path, component: str) -> Blob:
-    """What the component depends on. Compiled Python for the agent only, whose start would wait for it otherwise."""
+    """What the component depends on, compiled: nothing can be written at its start."""
     layer = Layer(path)
     for distribution in closure(component):
-        for name, source in files_of(distribution, compiled=component == "agent"):
+        for name, source in files_of(distribution, compiled=True):
             layer.file(f"{IMAGE_SITE}/{name}", source)
     return layer.close()
 

@@ -66,7 +66,14 @@ class Api:
                 web.get("/readyz", self._readyz),
             ]
         )
+        app.on_response_prepare.append(self._last_of_its_connection)
         return app
+
+    async def _last_of_its_connection(self, _: web.Request, response: web.StreamResponse) -> None:
+        """Connections that are kept would end under a client's next request; told now, it opens a new one elsewhere."""
+        if self.leaving:
+            response.force_close()
+            response.headers["Connection"] = "close"  # the library has written its own before it calls this
 
     async def until_idle(self) -> None:
         """Returns when no request is in flight."""

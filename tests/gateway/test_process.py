@@ -86,7 +86,7 @@ async def test_a_lame_duck_still_takes_requests(world: World) -> None:
         process.send_signal(signal.SIGTERM)
         await log_line(process, "gateway is shutting down")
         async with world.session().get(f"http://{address}/readyz") as ready:
-            assert ready.status == 503
+            assert ready.status == 503 and ready.headers["Connection"] == "close"
         late = await within(client.completions.create(model=MODEL, prompt="x"))
         assert late.choices[0].text == "Hello world!"
         assert await within(process.wait()) == 0

@@ -108,3 +108,22 @@ podAntiAffinity:
 {{- define "layercast.pdbVersion" -}}
 {{ .Capabilities.APIVersions.Has "policy/v1" | ternary "policy/v1" "policy/v1beta1" }}
 {{- end -}}
+
+{{/* Takes CEL rules out of a schema, in place. */}}
+{{- define "layercast.withoutRules" -}}
+{{- $_ := unset . "x-kubernetes-validations" -}}
+{{- range $key, $value := . -}}
+{{- if kindIs "map" $value -}}
+{{- include "layercast.withoutRules" $value -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+
+{{/* Whether the definition is there and another release, or nobody, looks after it: kept after an uninstall, or a second
+installation in this cluster. Helm would refuse to take it over. */}}
+{{- define "layercast.foreignCrd" -}}
+{{- $there := lookup "apiextensions.k8s.io/v1" "CustomResourceDefinition" "" "modelservices.layercast.dev" -}}
+{{- $notes := dig "metadata" "annotations" dict ($there | default dict) -}}
+{{- $owner := printf "%s/%s" (index $notes "meta.helm.sh/release-namespace") (index $notes "meta.helm.sh/release-name") -}}
+{{- and (not (empty $there)) (ne $owner (printf "%s/%s" .Release.Namespace .Release.Name)) -}}
+{{- end -}}

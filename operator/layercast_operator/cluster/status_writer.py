@@ -62,7 +62,8 @@ def gist(status: Mapping[str, Any]) -> object:
 def published(status: Mapping[str, Any]) -> dict[str, Any]:
     """A status as the API server takes it: without what says nothing, and without the name, which the object has.
 
-    What says nothing is null or an empty text; Kubernetes 1.20 takes the latter for null when it is applied.
+    What says nothing is null, an empty text or an empty list; Kubernetes 1.20 takes the latter two for null when
+    they are applied, and then refuses the null.
     """
     told: dict[str, Any] = _told({key: value for key, value in status.items() if key != "name"})
     return told
@@ -70,7 +71,7 @@ def published(status: Mapping[str, Any]) -> dict[str, Any]:
 
 def _told(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _told(each) for key, each in value.items() if each is not None and each != ""}
+        return {key: _told(each) for key, each in value.items() if each not in (None, "", [])}
     if isinstance(value, list):
         return [_told(each) for each in value]
     return value
