@@ -18,9 +18,7 @@ def test_deciding_and_forwarding_need_no_engine(images: ModuleType, component: s
     distributions = images.closure(component)
     assert not HEAVY & {distribution.name for distribution in distributions}
     size = sum(
-        source.stat().st_size
-        for distribution in distributions
-        for _, source in images.files_of(distribution, compiled=False)
+        source.stat().st_size for distribution in distributions for _, source in images.files_of(distribution)
     )
     assert 10_000_000 < size < SITE_PACKAGES_BYTES_MAX, f"{size / 1e6:.0f} MB"
 
