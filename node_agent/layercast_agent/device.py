@@ -8,20 +8,30 @@ be called from any thread.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 _BLOCK_WORDS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Words that are widened to 64 bits at once: what fits the cache, and what fills a GPU."""
 
 
-class DeviceMemory:
-    """`nbytes` bytes on a device, as `tensor`, uint8 [nbytes]; their first content is undefined."""
+SLAB_ALIGNMENT = 4096
+"""Where a part of a slab may begin: a page of memory."""
 
-    def __init__(self, nbytes: int, device: torch.device) -> None:
+
+class DeviceMemory:
+    """`nbytes` bytes on a device, as `tensor`, uint8 [nbytes]; their first content is undefined.
+
+    `slab_of` makes several in one allocation.
+    """
+
+    def __init__(self, nbytes: int, device: torch.device, *, part: torch.Tensor | None = None) -> None:
+        """`part` uint8 [nbytes] is memory that is there already."""
         self.nbytes = nbytes
         # Views of it become parameters, which must be usable inside and outside inference mode.
         with torch.inference_mode(mode=False):
-            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device)
+            self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device) if part is None else part
         self._host = self.tensor.numpy().data if device.type == "cpu" else None
         # Own streams: neither the engine's kernels nor the other direction are waited for.
         self._streams = [] if device.type == "cpu" else [_stream(device), _stream(device)]
@@ -58,6 +68,27 @@ class DeviceMemory:
             to.copy_(source, non_blocking=True)
             done = stream.record_event()
         done.synchronize()
+
+
+def slab_of(sizes: Sequence[int], device: torch.device) -> list[DeviceMemory]:
+    """Memory of these sizes in one allocation, one behind the other, each at a multiple of SLAB_ALIGNMENT."""
+    starts = [0]
+    for nbytes in sizes:
+        starts.append(starts[-1] + -(-nbytes // SLAB_ALIGNMENT) * SLAB_ALIGNMENT)
+    with torch.inference_mode(mode=False):
+        slab = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        parts = [slab[start : start + nbytes] for start, nbytes in zip(starts, sizes, strict=False)]
+    return [DeviceMemory(nbytes, device, part=part) for nbytes, part in zip(sizes, parts, strict=True)]
+
+
+def slab_bytes(sizes: Sequence[int]) -> int:
+    """What `slab_of` allocates."""
+    return sum(-(-nbytes // SLAB_ALIGNMENT) * SLAB_ALIGNMENT for nbytes in sizes)
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """What a GPU has left, whoever took the rest; None for a CPU, whose share was fixed at start."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -87,6 +87,39 @@ def families(seen: Observation) -> Iterator[Metric]:
     for replica in seen.status.replicas:
         arrived.add_metric([replica.replica_id, replica.device_id], replica.transfer.done_bytes)
     yield arrived
+    yield from _memory(seen.status.replicas)
+
+
+def _memory(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
+    """How replicas use the memory of their devices."""
+    labels = ["replica", "device"]
+    planned = GaugeMetricFamily(
+        "layercast_agent_replica_memory_bytes",
+        "The device's memory as it was planned.",
+        labels=[*labels, "use"],
+    )
+    pages = GaugeMetricFamily(
+        "layercast_agent_replica_kv_pages", "KV pages; used and cached overlap.", labels=[*labels, "state"]
+    )
+    prefix = CounterMetricFamily(
+        "layercast_agent_replica_prefix_tokens", "Tokens of admitted prompts.", labels=[*labels, "result"]
+    )
+    preempted = CounterMetricFamily(
+        "layercast_agent_replica_preemptions", "Requests that lost their KV pages for a time.", labels=labels
+    )
+    for replica in replicas:
+        where = [replica.replica_id, replica.device_id]
+        memory, load = replica.memory, replica.load
+        planned.add_metric([*where, "parameters"], memory.parameter_bytes)
+        planned.add_metric([*where, "kv"], memory.kv_bytes)
+        planned.add_metric([*where, "workspace"], memory.workspace_bytes)
+        pages.add_metric([*where, "total"], load.kv_pages_total)
+        pages.add_metric([*where, "used"], load.kv_pages_used)
+        pages.add_metric([*where, "cached"], load.kv_pages_cached)
+        prefix.add_metric([*where, "hit"], load.prefix_tokens_hit)
+        prefix.add_metric([*where, "computed"], load.prefix_tokens_asked - load.prefix_tokens_hit)
+        preempted.add_metric(where, load.preemptions)
+    yield from (planned, pages, prefix, preempted)
 
 
 def _by_state(name: str, text: str, states: Any, counts: Mapping[int, int]) -> GaugeMetricFamily:

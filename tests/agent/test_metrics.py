@@ -36,7 +36,22 @@ def test_an_observation_in_metrics() -> None:
             pb.Device(device_id="cpu:1", worker_state=pb.WORKER_STATE_IDLE),
         ],
         checkpoints=[ready_one, ready_one, pb.Checkpoint(state=pb.CHECKPOINT_STATE_FAILED)],
-        replicas=[pb.Replica(replica_id="r", device_id="cpu:1", transfer=pb.Transfer(done_bytes=9))],
+        replicas=[
+            pb.Replica(
+                replica_id="r",
+                device_id="cpu:1",
+                transfer=pb.Transfer(done_bytes=9),
+                memory=pb.MemoryPlan(parameter_bytes=70, kv_bytes=20, workspace_bytes=5),
+                load=pb.ReplicaLoad(
+                    kv_pages_used=3,
+                    kv_pages_cached=2,
+                    kv_pages_total=8,
+                    prefix_tokens_asked=50,
+                    prefix_tokens_hit=32,
+                    preemptions=4,
+                ),
+            )
+        ],
         disk_bytes_per_s=5,
     )
     samples = {
@@ -55,6 +70,15 @@ def test_an_observation_in_metrics() -> None:
         ("layercast_agent_disk_checkpoint_bytes",): 3,
         ("layercast_agent_disk_bytes_per_second",): 5,
         ("layercast_agent_replica_resident_bytes", "r", "cpu:1"): 9,
+        ("layercast_agent_replica_memory_bytes", "r", "cpu:1", "parameters"): 70,
+        ("layercast_agent_replica_memory_bytes", "r", "cpu:1", "kv"): 20,
+        ("layercast_agent_replica_memory_bytes", "r", "cpu:1", "workspace"): 5,
+        ("layercast_agent_replica_kv_pages", "r", "cpu:1", "used"): 3,
+        ("layercast_agent_replica_kv_pages", "r", "cpu:1", "cached"): 2,
+        ("layercast_agent_replica_kv_pages", "r", "cpu:1", "total"): 8,
+        ("layercast_agent_replica_prefix_tokens_total", "r", "cpu:1", "hit"): 32,
+        ("layercast_agent_replica_prefix_tokens_total", "r", "cpu:1", "computed"): 18,
+        ("layercast_agent_replica_preemptions_total", "r", "cpu:1"): 4,
     }
     assert expected.items() <= samples.items()
     assert ready(status)

@@ -9,7 +9,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from layercast_agent import checksum
-from layercast_agent.device import DeviceMemory, segment_checksum
+from layercast_agent.device import DeviceMemory, segment_checksum, slab_bytes, slab_of
 
 DEVICES = [torch.device("cpu"), *([torch.device("cuda")] if torch.cuda.is_available() else [])]
 
@@ -19,6 +19,20 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Every kind of device that this machine has."""
     found: torch.device = request.param
     return found
+
+
+def test_a_slab_is_one_allocation(device: torch.device) -> None:
+    sizes = [5000, 1, 4096]
+    memories = slab_of(sizes, device)
+    assert [memory.nbytes for memory in memories] == sizes
+    starts = [memory.tensor.data_ptr() - memories[0].tensor.data_ptr() for memory in memories]
+    assert starts == [0, 8192, 12288]
+    assert slab_bytes(sizes) == 16384
+    assert len({memory.tensor.untyped_storage().data_ptr() for memory in memories}) == 1
+    for index, memory in enumerate(memories):
+        memory.staging(0, 1)[0] = index + 1
+        memory.commit(0, 1, memory.staging(0, 1) if device.type == "cpu" else memoryview(bytes([index + 1])))
+    assert [memory.view(0, 1)[0] for memory in memories] == [1, 2, 3]
 
 
 def test_staged_bytes_arrive(device: torch.device) -> None:

@@ -19,6 +19,18 @@ def test_too_little_memory_names_both_sums() -> None:
         )
 
 
+def test_too_little_memory_says_what_would_fit() -> None:
+    sizes = {"kv_bytes_per_token": 2**14, "context_length_max": 1024, "batch_size_max": 4}
+    with pytest.raises(DeviceMemoryError, match=r"device of 112 MiB would do, or .* at most 320 tokens here"):
+        plan_memory(device_bytes=100 * 2**20, parameter_bytes=90 * 2**20, **sizes)
+    with pytest.raises(DeviceMemoryError, match=r"device of 122 MiB would do, and no context fits this one"):
+        plan_memory(device_bytes=100 * 2**20, parameter_bytes=99 * 2**20, **sizes)
+    assert plan_memory(device_bytes=112 * 2**20, parameter_bytes=90 * 2**20, **sizes).kv_pages >= 64
+    assert plan_memory(
+        device_bytes=100 * 2**20, parameter_bytes=90 * 2**20, **sizes | {"context_length_max": 320}
+    )
+
+
 @given(
     device_mib=st.integers(1, 4096),
     parameter_mib=st.integers(0, 4096),
@@ -39,6 +51,6 @@ def test_a_plan_fits_the_device_and_holds_one_context(
         )
     except DeviceMemoryError:
         return
-    assert plan.total_bytes <= device_mib * 2**20
+    assert plan.total_bytes + plan.workspace_bytes <= device_mib * 2**20
     assert plan.kv_pages * PAGE_TOKENS >= context_length_max
     assert plan.kv_pages <= -(-context_length_max // PAGE_TOKENS) * batch_size_max

@@ -6,13 +6,14 @@ chunk is asked for: the plan, the allocation, the construction of the modules on
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from layercast.agent.v1alpha1 import agent_pb2
 
-from layercast_agent.device import DeviceMemory
+from layercast_agent.device import DeviceMemory, free_bytes, slab_bytes, slab_of
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.guidance import Guides
 from layercast_agent.engine.kv import KVCache
@@ -22,7 +23,9 @@ from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
 from layercast_agent.residency import Residency
 from layercast_agent.worker.host import WorkerHost
-from layercast_agent.worker.memory_plan import PAGE_TOKENS, plan_memory
+from layercast_agent.worker.memory_plan import PAGE_TOKENS, MemoryPlan, plan_memory
+
+log = logging.getLogger(__name__)
 
 TORCH_DTYPES = {
     "F64": torch.float64,
@@ -55,6 +58,7 @@ class ModelMemory:
     residency: Residency
     regions: tuple[RegionRef, ...]
     host: WorkerHost
+    plan: MemoryPlan
 
     def tensors(self, segment: int) -> Mapping[str, torch.Tensor]:
         """Views into a segment's memory by parameter name; no copy."""
@@ -87,13 +91,17 @@ def build(
     shape = shape_of(manifest.config, manifest.dtype)
     context_length_max = min(spec.context_length_max or shape.context_length_max, shape.context_length_max)
     batch_size_max = spec.batch_size_max or 16
+    sizes = [segment.nbytes for segment in manifest.segments]
+    free = free_bytes(host.device)
+    allowed = host.settings.device_memory_bytes
     plan = plan_memory(
-        device_bytes=host.settings.device_memory_bytes,
-        parameter_bytes=manifest.nbytes,
+        device_bytes=allowed if free is None else min(allowed, free),
+        parameter_bytes=slab_bytes(sizes),
         kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
         context_length_max=context_length_max,
         batch_size_max=batch_size_max,
     )
+    log.info("the device's memory is planned", extra=asdict(plan))
     model = build_model(config=manifest.config, shape=shape, device=host.device)
     model.check({spec.name: spec.shape for segment in manifest.segments for spec in segment.tensors})
     engine = Engine(
@@ -108,7 +116,7 @@ def build(
         key=manifest.digest,
         guides=Guides(files=files, vocab_size=shape.vocab_size),
     )
-    memories = [DeviceMemory(segment.nbytes, host.device) for segment in manifest.segments]
+    memories = slab_of(sizes, host.device)
     residency = Residency(manifest)
     regions = tuple(host.table.add(memory) for memory in memories)
     host.holdings.add(Holding(manifest=manifest, files=files, residency=residency, regions=regions))
@@ -120,4 +128,5 @@ def build(
         residency=residency,
         regions=regions,
         host=host,
+        plan=plan,
     )

@@ -6,6 +6,7 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from layercast.agent.v1alpha1 import agent_pb2
 
 from layercast_agent.worker.host import WorkerHost
+from layercast_agent.worker.memory_plan import PAGE_TOKENS
 from layercast_agent.worker.replica import Replica
 
 
@@ -26,6 +27,14 @@ def replica_status(replica: Replica, host: WorkerHost) -> agent_pb2.Replica:
         load=_load(replica),
         timeline=_timeline(replica),
         error=replica.error,
+        memory=agent_pb2.MemoryPlan(
+            device_bytes=memory.plan.device_bytes,
+            parameter_bytes=memory.plan.parameter_bytes,
+            kv_bytes=memory.plan.kv_bytes,
+            kv_pages=memory.plan.kv_pages,
+            kv_page_tokens=PAGE_TOKENS,
+            workspace_bytes=memory.plan.workspace_bytes,
+        ),
     )
     if replica.runner is not None:
         transfer = replica.runner.status()
@@ -54,6 +63,10 @@ def _load(replica: Replica) -> agent_pb2.ReplicaLoad:
         prompt_tokens_waiting=view.load.prompt_tokens_waiting + sum(len(seq.prompt) for seq in offered),
         kv_pages_used=view.load.kv_pages_used,
         kv_pages_total=view.load.kv_pages_total,
+        kv_pages_cached=view.load.kv_pages_cached,
+        prefix_tokens_asked=view.load.prefix_tokens_asked,
+        prefix_tokens_hit=view.load.prefix_tokens_hit,
+        preemptions=view.load.preemptions,
         prefill_tokens_per_s=view.prefill_tokens_per_s,
         handoffs_given=replica.handoffs_given + replica.cooperation.given,
         handoffs_taken=replica.handoffs_taken + replica.cooperation.taken,

@@ -26,19 +26,19 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from layercast.peer.v1alpha1 import peer_pb2 as layercast_dot_peer_dot_v1alpha1_dot_peer__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$layercast/agent/v1alpha1/agent.proto\x12\x18layercast.agent.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"layercast/peer/v1alpha1/peer.proto\"\x12\n\x10GetStatusRequest\"\xca\x02\n\x11GetStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12+\n\x04peer\x18\x03 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x31\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32 .layercast.agent.v1alpha1.Device\x12\x39\n\x0b\x63heckpoints\x18\x05 \x03(\x0b\x32$.layercast.agent.v1alpha1.Checkpoint\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.layercast.agent.v1alpha1.Replica\x12\x1a\n\x12\x65gress_bytes_per_s\x18\x07 \x01(\x04\x12\x18\n\x10\x64isk_bytes_per_s\x18\x08 \x01(\x04\x12\x0c\n\x04leaf\x18\t \x01(\t\"\xa5\x01\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12;\n\x0cworker_state\x18\x03 \x01(\x0e\x32%.layercast.agent.v1alpha1.WorkerState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x12\n\nreplica_id\x18\x05 \x01(\t\x12\x12\n\nworker_pid\x18\x06 \x01(\r\"\xf7\x01\n\nCheckpoint\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x38\n\x05state\x18\x03 \x01(\x0e\x32).layercast.agent.v1alpha1.CheckpointState\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x15\n\rsegment_bytes\x18\x07 \x03(\x04\x12\x1a\n\x12\x63ontext_length_max\x18\x08 \x01(\r\x12\x0f\n\x07on_disk\x18\t \x01(\x08\x12\x16\n\x0ein_host_memory\x18\n \x01(\x08\"\xb4\x03\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x35\n\x05state\x18\x05 \x01(\x0e\x32&.layercast.agent.v1alpha1.ReplicaState\x12+\n\x04peer\x18\x06 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x19\n\x11segments_resident\x18\x07 \x03(\x08\x12\x17\n\x0flayers_resident\x18\x08 \x01(\r\x12\x14\n\x0clayers_total\x18\t \x01(\r\x12\x34\n\x08transfer\x18\n \x01(\x0b\x32\".layercast.agent.v1alpha1.Transfer\x12\x33\n\x04load\x18\x0b \x01(\x0b\x32%.layercast.agent.v1alpha1.ReplicaLoad\x12;\n\x08timeline\x18\x0c \x01(\x0b\x32).layercast.agent.v1alpha1.ReplicaTimeline\x12\r\n\x05\x65rror\x18\r \x01(\t\"\xa6\x01\n\x08Transfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x10\n\x08upstream\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x07 \x03(\t\x12\x0f\n\x07stalled\x18\x08 \x01(\x08\"\xdd\x01\n\x0bReplicaLoad\x12\x18\n\x10requests_waiting\x18\x01 \x01(\r\x12\x18\n\x10requests_running\x18\x02 \x01(\r\x12\x1d\n\x15prompt_tokens_waiting\x18\x03 \x01(\x04\x12\x15\n\rkv_pages_used\x18\x04 \x01(\r\x12\x16\n\x0ekv_pages_total\x18\x05 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x06 \x01(\x01\x12\x16\n\x0ehandoffs_given\x18\x07 \x01(\x04\x12\x16\n\x0ehandoffs_taken\x18\x08 \x01(\x04\"\x91\x02\n\x0fReplicaTimeline\x12/\n\x0b\x61ssigned_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_segment_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_layer_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_token_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63omplete_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x18PrepareCheckpointRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x05 \x01(\r\x12\x0c\n\x04rank\x18\x06 \x01(\r\"\x1b\n\x19PrepareCheckpointResponse\"\xc5\x01\n\x13StartReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x34\n\rmanifest_peer\x18\x04 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x1a\n\x12\x63ontext_length_max\x18\x05 \x01(\r\x12\x16\n\x0e\x62\x61tch_size_max\x18\x06 \x01(\r\x12\x11\n\tdevice_id\x18\x07 \x01(\t\")\n\x14StartReplicaResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\"K\n\x08Upstream\x12+\n\x04peer\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x12\n\nlocal_disk\x18\x02 \x01(\x08\"\xd5\x01\n\x14StartTransferRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x35\n\tupstreams\x18\x04 \x03(\x0b\x32\".layercast.agent.v1alpha1.Upstream\x12\x15\n\rsegment_order\x18\x05 \x03(\r\x12\x32\n\x0blive_source\x18\x06 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\"\x17\n\x15StartTransferResponse\";\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\x16\n\x14\x44rainReplicaResponse\"(\n\x12StopReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse*\x8e\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_WARMING\x10\x01\x12\x15\n\x11WORKER_STATE_IDLE\x10\x02\x12\x19\n\x15WORKER_STATE_ASSIGNED\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04*\xa9\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43HECKPOINT_STATE_FETCHING\x10\x01\x12\x1c\n\x18\x43HECKPOINT_STATE_PACKING\x10\x02\x12\x1a\n\x16\x43HECKPOINT_STATE_READY\x10\x03\x12\x1b\n\x17\x43HECKPOINT_STATE_FAILED\x10\x04*\xcc\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x16\n\x12REPLICA_STATE_LIVE\x10\x02\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x19\n\x15REPLICA_STATE_DRAINED\x10\x05\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x06\x32\xae\x05\n\x0c\x41gentService\x12\x64\n\tGetStatus\x12*.layercast.agent.v1alpha1.GetStatusRequest\x1a+.layercast.agent.v1alpha1.GetStatusResponse\x12|\n\x11PrepareCheckpoint\x12\x32.layercast.agent.v1alpha1.PrepareCheckpointRequest\x1a\x33.layercast.agent.v1alpha1.PrepareCheckpointResponse\x12m\n\x0cStartReplica\x12-.layercast.agent.v1alpha1.StartReplicaRequest\x1a..layercast.agent.v1alpha1.StartReplicaResponse\x12p\n\rStartTransfer\x12..layercast.agent.v1alpha1.StartTransferRequest\x1a/.layercast.agent.v1alpha1.StartTransferResponse\x12m\n\x0c\x44rainReplica\x12-.layercast.agent.v1alpha1.DrainReplicaRequest\x1a..layercast.agent.v1alpha1.DrainReplicaResponse\x12j\n\x0bStopReplica\x12,.layercast.agent.v1alpha1.StopReplicaRequest\x1a-.layercast.agent.v1alpha1.StopReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$layercast/agent/v1alpha1/agent.proto\x12\x18layercast.agent.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a\"layercast/peer/v1alpha1/peer.proto\"\x12\n\x10GetStatusRequest\"\xca\x02\n\x11GetStatusResponse\x12\x0c\n\x04node\x18\x01 \x01(\t\x12\x13\n\x0binstance_id\x18\x02 \x01(\t\x12+\n\x04peer\x18\x03 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x31\n\x07\x64\x65vices\x18\x04 \x03(\x0b\x32 .layercast.agent.v1alpha1.Device\x12\x39\n\x0b\x63heckpoints\x18\x05 \x03(\x0b\x32$.layercast.agent.v1alpha1.Checkpoint\x12\x33\n\x08replicas\x18\x06 \x03(\x0b\x32!.layercast.agent.v1alpha1.Replica\x12\x1a\n\x12\x65gress_bytes_per_s\x18\x07 \x01(\x04\x12\x18\n\x10\x64isk_bytes_per_s\x18\x08 \x01(\x04\x12\x0c\n\x04leaf\x18\t \x01(\t\"\xa5\x01\n\x06\x44\x65vice\x12\x11\n\tdevice_id\x18\x01 \x01(\t\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12;\n\x0cworker_state\x18\x03 \x01(\x0e\x32%.layercast.agent.v1alpha1.WorkerState\x12\r\n\x05\x65rror\x18\x04 \x01(\t\x12\x12\n\nreplica_id\x18\x05 \x01(\t\x12\x12\n\nworker_pid\x18\x06 \x01(\r\"\xf7\x01\n\nCheckpoint\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x38\n\x05state\x18\x03 \x01(\x0e\x32).layercast.agent.v1alpha1.CheckpointState\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\r\n\x05\x65rror\x18\x06 \x01(\t\x12\x15\n\rsegment_bytes\x18\x07 \x03(\x04\x12\x1a\n\x12\x63ontext_length_max\x18\x08 \x01(\r\x12\x0f\n\x07on_disk\x18\t \x01(\x08\x12\x16\n\x0ein_host_memory\x18\n \x01(\x08\"\xea\x03\n\x07Replica\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x11\n\tdevice_id\x18\x04 \x01(\t\x12\x35\n\x05state\x18\x05 \x01(\x0e\x32&.layercast.agent.v1alpha1.ReplicaState\x12+\n\x04peer\x18\x06 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x19\n\x11segments_resident\x18\x07 \x03(\x08\x12\x17\n\x0flayers_resident\x18\x08 \x01(\r\x12\x14\n\x0clayers_total\x18\t \x01(\r\x12\x34\n\x08transfer\x18\n \x01(\x0b\x32\".layercast.agent.v1alpha1.Transfer\x12\x33\n\x04load\x18\x0b \x01(\x0b\x32%.layercast.agent.v1alpha1.ReplicaLoad\x12;\n\x08timeline\x18\x0c \x01(\x0b\x32).layercast.agent.v1alpha1.ReplicaTimeline\x12\r\n\x05\x65rror\x18\r \x01(\t\x12\x34\n\x06memory\x18\x14 \x01(\x0b\x32$.layercast.agent.v1alpha1.MemoryPlan\"\xa6\x01\n\x08Transfer\x12\x13\n\x0btransfer_id\x18\x01 \x01(\t\x12\x12\n\ngeneration\x18\x02 \x01(\x04\x12\x10\n\x08upstream\x18\x03 \x01(\t\x12\x12\n\ndone_bytes\x18\x04 \x01(\x04\x12\x13\n\x0btotal_bytes\x18\x05 \x01(\x04\x12\x13\n\x0b\x62ytes_per_s\x18\x06 \x01(\x04\x12\x10\n\x08\x66\x61ilures\x18\x07 \x03(\t\x12\x0f\n\x07stalled\x18\x08 \x01(\x08\"\x90\x01\n\nMemoryPlan\x12\x14\n\x0c\x64\x65vice_bytes\x18\x01 \x01(\x04\x12\x17\n\x0fparameter_bytes\x18\x02 \x01(\x04\x12\x10\n\x08kv_bytes\x18\x03 \x01(\x04\x12\x10\n\x08kv_pages\x18\x04 \x01(\r\x12\x16\n\x0ekv_page_tokens\x18\x05 \x01(\r\x12\x17\n\x0fworkspace_bytes\x18\x06 \x01(\x04\"\xc3\x02\n\x0bReplicaLoad\x12\x18\n\x10requests_waiting\x18\x01 \x01(\r\x12\x18\n\x10requests_running\x18\x02 \x01(\r\x12\x1d\n\x15prompt_tokens_waiting\x18\x03 \x01(\x04\x12\x15\n\rkv_pages_used\x18\x04 \x01(\r\x12\x16\n\x0ekv_pages_total\x18\x05 \x01(\r\x12\x1c\n\x14prefill_tokens_per_s\x18\x06 \x01(\x01\x12\x16\n\x0ehandoffs_given\x18\x07 \x01(\x04\x12\x16\n\x0ehandoffs_taken\x18\x08 \x01(\x04\x12\x17\n\x0fkv_pages_cached\x18\t \x01(\r\x12\x1b\n\x13prefix_tokens_asked\x18\n \x01(\x04\x12\x19\n\x11prefix_tokens_hit\x18\x0b \x01(\x04\x12\x13\n\x0bpreemptions\x18\x0c \x01(\x04\"\x91\x02\n\x0fReplicaTimeline\x12/\n\x0b\x61ssigned_at\x18\x01 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x34\n\x10\x66irst_segment_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_layer_at\x18\x03 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x32\n\x0e\x66irst_token_at\x18\x04 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12/\n\x0b\x63omplete_at\x18\x05 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"\x7f\n\x18PrepareCheckpointRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0e\n\x06source\x18\x02 \x01(\t\x12\x10\n\x08revision\x18\x03 \x01(\t\x12\r\n\x05\x64type\x18\x04 \x01(\t\x12\x17\n\x0ftensor_parallel\x18\x05 \x01(\r\x12\x0c\n\x04rank\x18\x06 \x01(\r\"\x1b\n\x19PrepareCheckpointResponse\"\xc5\x01\n\x13StartReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x06\x64igest\x18\x03 \x01(\t\x12\x34\n\rmanifest_peer\x18\x04 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x1a\n\x12\x63ontext_length_max\x18\x05 \x01(\r\x12\x16\n\x0e\x62\x61tch_size_max\x18\x06 \x01(\r\x12\x11\n\tdevice_id\x18\x07 \x01(\t\")\n\x14StartReplicaResponse\x12\x11\n\tdevice_id\x18\x01 \x01(\t\"K\n\x08Upstream\x12+\n\x04peer\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x12\n\nlocal_disk\x18\x02 \x01(\x08\"\xd5\x01\n\x14StartTransferRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0btransfer_id\x18\x02 \x01(\t\x12\x12\n\ngeneration\x18\x03 \x01(\x04\x12\x35\n\tupstreams\x18\x04 \x03(\x0b\x32\".layercast.agent.v1alpha1.Upstream\x12\x15\n\rsegment_order\x18\x05 \x03(\r\x12\x32\n\x0blive_source\x18\x06 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\"\x17\n\x15StartTransferResponse\";\n\x13\x44rainReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x10\n\x08grace_ms\x18\x02 \x01(\r\"\x16\n\x14\x44rainReplicaResponse\"(\n\x12StopReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x15\n\x13StopReplicaResponse*\x8e\x01\n\x0bWorkerState\x12\x1c\n\x18WORKER_STATE_UNSPECIFIED\x10\x00\x12\x18\n\x14WORKER_STATE_WARMING\x10\x01\x12\x15\n\x11WORKER_STATE_IDLE\x10\x02\x12\x19\n\x15WORKER_STATE_ASSIGNED\x10\x03\x12\x15\n\x11WORKER_STATE_DEAD\x10\x04*\xa9\x01\n\x0f\x43heckpointState\x12 \n\x1c\x43HECKPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1d\n\x19\x43HECKPOINT_STATE_FETCHING\x10\x01\x12\x1c\n\x18\x43HECKPOINT_STATE_PACKING\x10\x02\x12\x1a\n\x16\x43HECKPOINT_STATE_READY\x10\x03\x12\x1b\n\x17\x43HECKPOINT_STATE_FAILED\x10\x04*\xcc\x01\n\x0cReplicaState\x12\x1d\n\x19REPLICA_STATE_UNSPECIFIED\x10\x00\x12\x19\n\x15REPLICA_STATE_LOADING\x10\x01\x12\x16\n\x12REPLICA_STATE_LIVE\x10\x02\x12\x19\n\x15REPLICA_STATE_SERVING\x10\x03\x12\x1a\n\x16REPLICA_STATE_DRAINING\x10\x04\x12\x19\n\x15REPLICA_STATE_DRAINED\x10\x05\x12\x18\n\x14REPLICA_STATE_FAILED\x10\x06\x32\xae\x05\n\x0c\x41gentService\x12\x64\n\tGetStatus\x12*.layercast.agent.v1alpha1.GetStatusRequest\x1a+.layercast.agent.v1alpha1.GetStatusResponse\x12|\n\x11PrepareCheckpoint\x12\x32.layercast.agent.v1alpha1.PrepareCheckpointRequest\x1a\x33.layercast.agent.v1alpha1.PrepareCheckpointResponse\x12m\n\x0cStartReplica\x12-.layercast.agent.v1alpha1.StartReplicaRequest\x1a..layercast.agent.v1alpha1.StartReplicaResponse\x12p\n\rStartTransfer\x12..layercast.agent.v1alpha1.StartTransferRequest\x1a/.layercast.agent.v1alpha1.StartTransferResponse\x12m\n\x0c\x44rainReplica\x12-.layercast.agent.v1alpha1.DrainReplicaRequest\x1a..layercast.agent.v1alpha1.DrainReplicaResponse\x12j\n\x0bStopReplica\x12,.layercast.agent.v1alpha1.StopReplicaRequest\x1a-.layercast.agent.v1alpha1.StopReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layercast.agent.v1alpha1.agent_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERSTATE']._serialized_start=2884
-  _globals['_WORKERSTATE']._serialized_end=3026
-  _globals['_CHECKPOINTSTATE']._serialized_start=3029
-  _globals['_CHECKPOINTSTATE']._serialized_end=3198
-  _globals['_REPLICASTATE']._serialized_start=3201
-  _globals['_REPLICASTATE']._serialized_end=3405
+  _globals['_WORKERSTATE']._serialized_start=3187
+  _globals['_WORKERSTATE']._serialized_end=3329
+  _globals['_CHECKPOINTSTATE']._serialized_start=3332
+  _globals['_CHECKPOINTSTATE']._serialized_end=3501
+  _globals['_REPLICASTATE']._serialized_start=3504
+  _globals['_REPLICASTATE']._serialized_end=3708
   _globals['_GETSTATUSREQUEST']._serialized_start=135
   _globals['_GETSTATUSREQUEST']._serialized_end=153
   _globals['_GETSTATUSRESPONSE']._serialized_start=156
@@ -48,35 +48,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CHECKPOINT']._serialized_start=657
   _globals['_CHECKPOINT']._serialized_end=904
   _globals['_REPLICA']._serialized_start=907
-  _globals['_REPLICA']._serialized_end=1343
-  _globals['_TRANSFER']._serialized_start=1346
-  _globals['_TRANSFER']._serialized_end=1512
-  _globals['_REPLICALOAD']._serialized_start=1515
-  _globals['_REPLICALOAD']._serialized_end=1736
-  _globals['_REPLICATIMELINE']._serialized_start=1739
-  _globals['_REPLICATIMELINE']._serialized_end=2012
-  _globals['_PREPARECHECKPOINTREQUEST']._serialized_start=2014
-  _globals['_PREPARECHECKPOINTREQUEST']._serialized_end=2141
-  _globals['_PREPARECHECKPOINTRESPONSE']._serialized_start=2143
-  _globals['_PREPARECHECKPOINTRESPONSE']._serialized_end=2170
-  _globals['_STARTREPLICAREQUEST']._serialized_start=2173
-  _globals['_STARTREPLICAREQUEST']._serialized_end=2370
-  _globals['_STARTREPLICARESPONSE']._serialized_start=2372
-  _globals['_STARTREPLICARESPONSE']._serialized_end=2413
-  _globals['_UPSTREAM']._serialized_start=2415
-  _globals['_UPSTREAM']._serialized_end=2490
-  _globals['_STARTTRANSFERREQUEST']._serialized_start=2493
-  _globals['_STARTTRANSFERREQUEST']._serialized_end=2706
-  _globals['_STARTTRANSFERRESPONSE']._serialized_start=2708
-  _globals['_STARTTRANSFERRESPONSE']._serialized_end=2731
-  _globals['_DRAINREPLICAREQUEST']._serialized_start=2733
-  _globals['_DRAINREPLICAREQUEST']._serialized_end=2792
-  _globals['_DRAINREPLICARESPONSE']._serialized_start=2794
-  _globals['_DRAINREPLICARESPONSE']._serialized_end=2816
-  _globals['_STOPREPLICAREQUEST']._serialized_start=2818
-  _globals['_STOPREPLICAREQUEST']._serialized_end=2858
-  _globals['_STOPREPLICARESPONSE']._serialized_start=2860
-  _globals['_STOPREPLICARESPONSE']._serialized_end=2881
-  _globals['_AGENTSERVICE']._serialized_start=3408
-  _globals['_AGENTSERVICE']._serialized_end=4094
+  _globals['_REPLICA']._serialized_end=1397
+  _globals['_TRANSFER']._serialized_start=1400
+  _globals['_TRANSFER']._serialized_end=1566
+  _globals['_MEMORYPLAN']._serialized_start=1569
+  _globals['_MEMORYPLAN']._serialized_end=1713
+  _globals['_REPLICALOAD']._serialized_start=1716
+  _globals['_REPLICALOAD']._serialized_end=2039
+  _globals['_REPLICATIMELINE']._serialized_start=2042
+  _globals['_REPLICATIMELINE']._serialized_end=2315
+  _globals['_PREPARECHECKPOINTREQUEST']._serialized_start=2317
+  _globals['_PREPARECHECKPOINTREQUEST']._serialized_end=2444
+  _globals['_PREPARECHECKPOINTRESPONSE']._serialized_start=2446
+  _globals['_PREPARECHECKPOINTRESPONSE']._serialized_end=2473
+  _globals['_STARTREPLICAREQUEST']._serialized_start=2476
+  _globals['_STARTREPLICAREQUEST']._serialized_end=2673
+  _globals['_STARTREPLICARESPONSE']._serialized_start=2675
+  _globals['_STARTREPLICARESPONSE']._serialized_end=2716
+  _globals['_UPSTREAM']._serialized_start=2718
+  _globals['_UPSTREAM']._serialized_end=2793
+  _globals['_STARTTRANSFERREQUEST']._serialized_start=2796
+  _globals['_STARTTRANSFERREQUEST']._serialized_end=3009
+  _globals['_STARTTRANSFERRESPONSE']._serialized_start=3011
+  _globals['_STARTTRANSFERRESPONSE']._serialized_end=3034
+  _globals['_DRAINREPLICAREQUEST']._serialized_start=3036
+  _globals['_DRAINREPLICAREQUEST']._serialized_end=3095
+  _globals['_DRAINREPLICARESPONSE']._serialized_start=3097
+  _globals['_DRAINREPLICARESPONSE']._serialized_end=3119
+  _globals['_STOPREPLICAREQUEST']._serialized_start=3121
+  _globals['_STOPREPLICAREQUEST']._serialized_end=3161
+  _globals['_STOPREPLICARESPONSE']._serialized_start=3163
+  _globals['_STOPREPLICARESPONSE']._serialized_end=3184
+  _globals['_AGENTSERVICE']._serialized_start=3711
+  _globals['_AGENTSERVICE']._serialized_end=4397
 # @@protoc_insertion_point(module_scope)

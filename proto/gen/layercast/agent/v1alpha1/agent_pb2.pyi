@@ -329,6 +329,7 @@ class Replica(_message.Message):
     LOAD_FIELD_NUMBER: _builtins.int
     TIMELINE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
+    MEMORY_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Its id."""
     model: _builtins.str
@@ -365,6 +366,10 @@ class Replica(_message.Message):
     def timeline(self) -> Global___ReplicaTimeline:
         """When what happened."""
 
+    @_builtins.property
+    def memory(self) -> Global___MemoryPlan:
+        """How the device's memory was divided before anything was allocated."""
+
     def __init__(
         self,
         *,
@@ -381,10 +386,11 @@ class Replica(_message.Message):
         load: Global___ReplicaLoad | None = ...,
         timeline: Global___ReplicaTimeline | None = ...,
         error: _builtins.str = ...,
+        memory: Global___MemoryPlan | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "peer", b"peer", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "peer", b"peer", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "memory", b"memory", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -445,6 +451,50 @@ class Transfer(_message.Message):
 Global___Transfer: _TypeAlias = Transfer  # noqa: Y015
 
 @_typing.final
+class MemoryPlan(_message.Message):
+    """MemoryPlan divides a device's memory: one slab of parameters, one arena of KV
+    pages, and what is left for activations and the allocator.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DEVICE_BYTES_FIELD_NUMBER: _builtins.int
+    PARAMETER_BYTES_FIELD_NUMBER: _builtins.int
+    KV_BYTES_FIELD_NUMBER: _builtins.int
+    KV_PAGES_FIELD_NUMBER: _builtins.int
+    KV_PAGE_TOKENS_FIELD_NUMBER: _builtins.int
+    WORKSPACE_BYTES_FIELD_NUMBER: _builtins.int
+    device_bytes: _builtins.int
+    """What the device had for this replica."""
+    parameter_bytes: _builtins.int
+    """The parameter slab."""
+    kv_bytes: _builtins.int
+    """The KV arena."""
+    kv_pages: _builtins.int
+    """Pages in it."""
+    kv_page_tokens: _builtins.int
+    """Tokens a page."""
+    workspace_bytes: _builtins.int
+    """Kept free for activations."""
+    def __init__(
+        self,
+        *,
+        device_bytes: _builtins.int = ...,
+        parameter_bytes: _builtins.int = ...,
+        kv_bytes: _builtins.int = ...,
+        kv_pages: _builtins.int = ...,
+        kv_page_tokens: _builtins.int = ...,
+        workspace_bytes: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_bytes", b"device_bytes", "kv_bytes", b"kv_bytes", "kv_page_tokens", b"kv_page_tokens", "kv_pages", b"kv_pages", "parameter_bytes", b"parameter_bytes", "workspace_bytes", b"workspace_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___MemoryPlan: _TypeAlias = MemoryPlan  # noqa: Y015
+
+@_typing.final
 class ReplicaLoad(_message.Message):
     """ReplicaLoad tells how busy a replica is."""
 
@@ -458,6 +508,10 @@ class ReplicaLoad(_message.Message):
     PREFILL_TOKENS_PER_S_FIELD_NUMBER: _builtins.int
     HANDOFFS_GIVEN_FIELD_NUMBER: _builtins.int
     HANDOFFS_TAKEN_FIELD_NUMBER: _builtins.int
+    KV_PAGES_CACHED_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_ASKED_FIELD_NUMBER: _builtins.int
+    PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
+    PREEMPTIONS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     """Requests that wait for their first execution."""
     requests_running: _builtins.int
@@ -474,6 +528,14 @@ class ReplicaLoad(_message.Message):
     """Requests given away by handoff since the replica's start."""
     handoffs_taken: _builtins.int
     """Requests taken by handoff since the replica's start."""
+    kv_pages_cached: _builtins.int
+    """Pages that hold a prefix which a later request may share, used or not."""
+    prefix_tokens_asked: _builtins.int
+    """Tokens of admitted prefixes since the start."""
+    prefix_tokens_hit: _builtins.int
+    """Those of them whose KV was found in the cache."""
+    preemptions: _builtins.int
+    """Times that a request lost its KV pages to an earlier one and was computed again."""
     def __init__(
         self,
         *,
@@ -485,10 +547,14 @@ class ReplicaLoad(_message.Message):
         prefill_tokens_per_s: _builtins.float = ...,
         handoffs_given: _builtins.int = ...,
         handoffs_taken: _builtins.int = ...,
+        kv_pages_cached: _builtins.int = ...,
+        prefix_tokens_asked: _builtins.int = ...,
+        prefix_tokens_hit: _builtins.int = ...,
+        preemptions: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "preemptions", b"preemptions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_tokens_asked", b"prefix_tokens_asked", "prefix_tokens_hit", b"prefix_tokens_hit", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
