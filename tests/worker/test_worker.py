@@ -9,6 +9,7 @@ import pytest
 from layercast.agent.v1alpha1 import agent_pb2
 from layercast.worker.v1alpha1 import worker_pb2
 from tests.worker.conftest import GatewayClient, Packed, Reference, StartWorker
+from tokenizers import Tokenizer
 
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
@@ -51,6 +52,40 @@ async def test_bad_requests_are_refused_and_harm_nobody(
     assert "64" in gateway.answers["long"].failed
     assert "another" in gateway.answers["other"].returned
     assert len(gateway.answers["good"].tokens) == 4
+
+
+async def test_guides_prefixes_and_the_memory_plan(
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient, reference: Reference
+) -> None:
+    worker = await start_worker("a")
+    await worker.assign(packed, context=64)
+    await worker.feed(packed)
+    await worker.until(serving)
+    address = (await worker.peer()).address
+    await gateway.connect(address)
+    wrong = gateway.request("wrong", [5] * 8)
+    wrong.sampling.guide.regex = "(ab"
+    guided = gateway.request("guided", PROMPTS[0], max_tokens=20)
+    guided.sampling.guide.choice = '["yes", "no"]'
+    await gateway.submit(address, wrong)
+    await gateway.submit(address, guided)
+    await gateway.all_done()
+    assert "regex" in gateway.answers["wrong"].failed
+    text = Tokenizer.from_buffer(packed.files["tokenizer.json"]).decode(gateway.answers["guided"].tokens)
+    assert text in ("yes", "no") and gateway.answers["guided"].finished
+    beginning = [7] * 32
+    for index in range(2):
+        await gateway.submit(address, gateway.request(f"r{index}", [*beginning, index + 8], max_tokens=6))
+        await gateway.all_done()
+        assert gateway.answers[f"r{index}"].tokens == reference([*beginning, index + 8], 6)
+    replica = (await worker.until(lambda status: status.replica.load.requests_running == 0)).replica
+    assert replica.load.prefix_tokens_hit == 32
+    assert replica.load.prefix_tokens_asked >= 2 * 33
+    assert replica.load.kv_pages_cached > 0 and replica.load.kv_pages_used == 0
+    memory = replica.memory
+    assert memory.kv_pages == replica.load.kv_pages_total and memory.kv_page_tokens == 16
+    assert memory.parameter_bytes >= packed.manifest.nbytes
+    assert memory.parameter_bytes + memory.kv_bytes + memory.workspace_bytes <= memory.device_bytes
 
 
 async def test_live_scale_up_hands_over_and_changes_no_token(
