@@ -23,6 +23,8 @@ from layercast_operator.snapshot import Node, Snapshot
 # A hub or an object store over the internet; only ranks "nobody near has it" last.
 ASSUMED_ORIGIN_BYTES_PER_S = 50e6
 
+_ANYWHERE: Mapping[str, str] = {}
+
 # What a worker that is not warm yet still needs: imports and first kernels, about half of them behind it.
 ASSUMED_WARMING_S = 3.0
 
@@ -59,8 +61,13 @@ def disk_bytes_per_s(node: Node) -> float:
     return float(node.disk_bytes_per_s or ASSUMED_DISK_BYTES_PER_S)
 
 
-def capacity(snapshot: Snapshot, *, model: str, checkpoint_bytes: int) -> int | None:
-    """Devices that hold a replica of `model` or could; None while a node has not been seen yet."""
+def capacity(
+    snapshot: Snapshot, *, model: str, checkpoint_bytes: int, selector: Mapping[str, str] = _ANYWHERE
+) -> int | None:
+    """Devices that hold a replica of `model` or could; None while a node has not been seen yet.
+
+    A replica that should move away counts until it is gone: that there is no other place must not shrink a service.
+    """
     if snapshot.unseen:
         return None
     owner = {r.replica_id: r.model for r in snapshot.replicas()}
@@ -71,6 +78,7 @@ def capacity(snapshot: Snapshot, *, model: str, checkpoint_bytes: int) -> int | 
         if device.memory_bytes >= checkpoint_bytes
         and not device.error
         and owner.get(device.replica_id, model) == model
+        and (device.replica_id in owner or not node.facts.unwanted(selector))
     )
 
 
@@ -82,6 +90,7 @@ def place_replicas(
     holders: Sequence[Holder],
     avoid: Collection[str],
     taken: Collection[tuple[str, str]] = (),
+    selector: Mapping[str, str] = _ANYWHERE,
 ) -> Placements:
     """Up to `count` devices, soonest parameters first; those that are only worth waiting for are in `missing`.
 
@@ -90,7 +99,7 @@ def place_replicas(
     chosen: list[Place] = []
     used = set(taken)
     while len(chosen) < count:
-        offers = _offers(snapshot, used, avoid, checkpoint_bytes, holders)
+        offers = _offers(snapshot, used, avoid, checkpoint_bytes, holders, selector=selector)
         if not offers:
             break
         best = min(offers, key=lambda offer: offer[0])[1]
@@ -99,7 +108,7 @@ def place_replicas(
     waited = [f"{place.device_id} of {place.node}, which is warming" for place in chosen if not place.ready]
     missing = f"waits for {' and '.join(waited)}" if waited else ""
     if not missing and len(chosen) < count:
-        missing = _missing(snapshot, used, avoid, checkpoint_bytes)
+        missing = _missing(snapshot, used, avoid, checkpoint_bytes, selector)
     ready = tuple(place for place in chosen if place.ready)
     return Placements(places=ready, missing=missing, warming=len(waited))
 
@@ -110,11 +119,13 @@ def _offers(
     avoid: Collection[str],
     checkpoint_bytes: int,
     holders: Sequence[Holder],
+    *,
+    selector: Mapping[str, str],
 ) -> list[tuple[tuple[float, int, str, str], Place]]:
     """Every device that qualifies with its rank: seconds, crowding of its node, names."""
     offers: list[tuple[tuple[float, int, str, str], Place]] = []
     for node in snapshot.nodes:
-        if not node.fresh or node.name in avoid:
+        if not node.fresh or node.name in avoid or node.facts.unwanted(selector):
             continue
         seconds, way = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders)
         crowd = sum(1 for d in node.devices if d.replica_id or (node.name, d.device_id) in used)
@@ -152,13 +163,17 @@ def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) ->
 
 
 def _missing(
-    snapshot: Snapshot, used: Collection[tuple[str, str]], avoid: Collection[str], checkpoint_bytes: int
+    snapshot: Snapshot,
+    used: Collection[tuple[str, str]],
+    avoid: Collection[str],
+    checkpoint_bytes: int,
+    selector: Mapping[str, str],
 ) -> str:
     """Why there is no further device, in words: the nearest to usable first."""
     reasons: dict[str, int] = {}
     for node in snapshot.nodes:
         for device in node.devices:
-            reason = _unfit(node, device.device_id, used, avoid, checkpoint_bytes)
+            reason = _unfit(node, device.device_id, used, avoid, checkpoint_bytes, selector=selector)
             reasons[reason] = reasons.get(reason, 0) + 1
     listed = ", ".join(f"{count} {reason}" for reason, count in sorted(reasons.items()))
     return f"no idle device: {listed}" if listed else "no device is known"
@@ -170,10 +185,14 @@ def _unfit(
     used: Collection[tuple[str, str]],
     avoid: Collection[str],
     checkpoint_bytes: int,
+    *,
+    selector: Mapping[str, str],
 ) -> str:
     device = next(d for d in node.devices if d.device_id == device_id)
     if not node.fresh:
         return f"on a node that is {node.health.value.lower()}"
+    if unwanted := node.facts.unwanted(selector):
+        return f"on a node that is {unwanted}"
     if device.replica_id or (node.name, device_id) in used:
         return "occupied"
     if device.error:
@@ -186,7 +205,11 @@ def _unfit(
 
 
 def choose_preparer(
-    snapshot: Snapshot, *, failures: Mapping[str, int], avoid: Collection[str]
+    snapshot: Snapshot,
+    *,
+    failures: Mapping[str, int],
+    avoid: Collection[str],
+    selector: Mapping[str, str] = _ANYWHERE,
 ) -> tuple[str, str] | None:
     """The node that fetches and packs a checkpoint which nobody has, and why; None when there is none now.
 
@@ -194,9 +217,9 @@ def choose_preparer(
     most device memory free; nodes that failed at it come last.
     """
 
-    def order(node: Node) -> tuple[int, int, str]:
+    def order(node: Node) -> tuple[bool, int, int, str]:
         free = sum(device.memory_bytes for device in node.devices if device.idle)
-        return (failures.get(node.name, 0), -free, node.name)
+        return (bool(node.facts.unwanted(selector)), failures.get(node.name, 0), -free, node.name)
 
     able = [node for node in snapshot.nodes if node.fresh and node.name not in avoid]
     if not able:

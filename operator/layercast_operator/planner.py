@@ -8,7 +8,7 @@ Order matters only for reading: free what is broken, find the checkpoint, shrink
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from layercast_operator.actions import (
@@ -19,30 +19,15 @@ from layercast_operator.actions import (
     StopReplica,
 )
 from layercast_operator.feeding import feed, holders_of
-from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.modelservice import ModelService
 from layercast_operator.multicast import Holder, HolderKind
 from layercast_operator.placement import choose_preparer, place_replicas
+from layercast_operator.replacing import PlanInput, current_of, misplaced, replaced, victims_of
 from layercast_operator.snapshot import CheckpointState, Node, PeerRef, Replica, ReplicaState, Snapshot
-from layercast_operator.state import ModelMemory, Resolved, resting
+from layercast_operator.state import Resolved, resting
 
 # For replicas whose ModelService is gone, and with it its grace.
 ORPHAN_GRACE_S = 20.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PlanInput:
-    """Everything that a plan depends on."""
-
-    model: ModelService
-    policy: ScalePolicy
-    target: int
-    """Replicas wanted, within what devices can hold."""
-    snapshot: Snapshot
-    memory: ModelMemory
-    new_id: Callable[[], str]
-    """Six characters of base 36, new each time."""
-    taken: Collection[tuple[str, str]] = ()
-    """(node, device) pairs promised to other models in this pass."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,7 +55,7 @@ def plan(given: PlanInput) -> Plan:
     leaving, blocked = _shrink(given, resolved, replicas, holders)
     actions += leaving
     gone = {action.subject for action in leaving}
-    stays = [r for r in replicas if r.active and r.digest == resolved.digest and r.replica_id not in gone]
+    stays = [r for r in current_of(given, resolved, replicas) if r.replica_id not in gone]
     started, missing = _grow(given, resolved, stays, holders)
     actions += started
     fed, unfed = feed(
@@ -165,7 +150,7 @@ def _prepare(given: PlanInput) -> tuple[list[Action], str]:
     if asked := _asked(given.snapshot, avoid, model.model.key):
         return [], f"{asked} prepares the checkpoint"
     failures = {node: backoff.failures for node, backoff in memory.prepare_backoffs.items()}
-    chosen = choose_preparer(given.snapshot, failures=failures, avoid=avoid)
+    chosen = choose_preparer(given.snapshot, failures=failures, avoid=avoid, selector=model.node_selector)
     if chosen is None:
         return [], "no node can prepare the checkpoint now"
     node_name, why = chosen
@@ -198,10 +183,12 @@ def _shrink(
     given: PlanInput, resolved: Resolved, replicas: Sequence[Replica], holders: Sequence[Holder]
 ) -> tuple[list[Action], str]:
     """Let surplus replicas go, and those of an older checkpoint once newer ones serve."""
-    current = [r for r in replicas if r.active and r.digest == resolved.digest]
+    current = current_of(given, resolved, replicas)
     surplus = max(len(current) - given.target, 0)
-    victims = [(r, f"{len(current)} are there, {given.target} wanted") for r in _victims(current, surplus)]
-    victims += [(r, "of an older checkpoint") for r in _outdated(given, resolved, replicas)]
+    victims = [(r, f"{len(current)} are there, {given.target} wanted") for r in victims_of(current, surplus)]
+    victims += [
+        (r, misplaced(given, r) or "of an older checkpoint") for r in replaced(given, resolved, replicas)
+    ]
     gone: set[str] = set()
     actions: list[Action] = []
     for replica, why in victims:
@@ -217,43 +204,6 @@ def _shrink(
         else:
             actions.append(_drain(replica, given.model.drain_grace_s, why))
     return actions, ""
-
-
-def _victims(current: Sequence[Replica], surplus: int) -> list[Replica]:
-    """Which replicas go: those that do not serve yet, then the emptiest, then the newest."""
-
-    def order(replica: Replica) -> tuple[bool, int, float, str]:
-        assigned_at = replica.timeline.assigned_at
-        age = -(assigned_at if assigned_at is not None else float("inf"))
-        return (replica.state is ReplicaState.SERVING, replica.requests, age, replica.replica_id)
-
-    return sorted(current, key=order)[:surplus]
-
-
-def _outdated(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]) -> list[Replica]:
-    """Old replicas that may go now: one for each new one that serves, or one when there is no other device."""
-    old = [r for r in replicas if r.active and r.digest != resolved.digest]
-    if not old:
-        return []
-    new = [r for r in replicas if r.active and r.digest == resolved.digest]
-    serving = sum(1 for r in new if r.state is ReplicaState.SERVING)
-    not_yet = [r for r in old if r.state is ReplicaState.LOADING]
-    keep = max(given.target - serving, 0)
-    count = max(len(old) - keep, len(not_yet))
-    leaving = any(r.state in {ReplicaState.DRAINING, ReplicaState.DRAINED} for r in replicas)
-    # A new one that failed already must not cost another old one its place.
-    healthy = not given.memory.start_backoffs and given.snapshot.at >= given.memory.refused_until
-    if healthy and count == 0 and not leaving and len(new) == serving and given.target > serving:
-        room = place_replicas(
-            given.snapshot,
-            count=1,
-            checkpoint_bytes=resolved.nbytes,
-            holders=(),
-            avoid=resting(given.memory.start_backoffs, given.snapshot.at),
-            taken=given.taken,
-        )
-        count = 0 if room.places or room.warming else 1
-    return _victims(old, count)
 
 
 def _last_copy(
@@ -301,6 +251,7 @@ def _grow(
         holders=holders,
         avoid=resting(given.memory.start_backoffs, given.snapshot.at),
         taken=given.taken,
+        selector=given.model.node_selector,
     )
     actions: list[Action] = [
         StartReplica(

@@ -179,6 +179,15 @@ class NodeFacts:
     leaving: str = ""
     """Why it takes no new replicas and those that it has move away, in words; empty when it stays."""
 
+    def unwanted(self, selector: Mapping[str, str]) -> str:
+        """Why a replica that must be on nodes with these labels should not be here; empty when it may."""
+        if self.leaving:
+            return self.leaving
+        missing = [
+            f"{key}={value}" for key, value in sorted(selector.items()) if self.labels.get(key) != value
+        ]
+        return f"without {', '.join(missing)}" if missing else ""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Node:

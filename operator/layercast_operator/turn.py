@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 
 from layercast_operator.modelservice import ModelService, ScalePolicy, Scaling, ScalingMode
 from layercast_operator.placement import capacity
-from layercast_operator.planner import Plan, PlanInput, plan
+from layercast_operator.planner import Plan, plan
 from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, counted, decide, limit_of_devices
+from layercast_operator.replacing import PlanInput
 from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
 from layercast_operator.state import ModelMemory, observe, with_target
 
@@ -45,7 +46,7 @@ def take_turn(
     memory = observe(memory, model, snapshot)
     chosen = policy or model.policy
     nbytes = memory.resolved.nbytes if memory.resolved is not None else 0
-    room = capacity(snapshot, model=model.name, checkpoint_bytes=nbytes)
+    room = capacity(snapshot, model=model.name, checkpoint_bytes=nbytes, selector=model.node_selector)
     decision, memory, recommendation = _choose_target(model, chosen, snapshot, memory, room)
     target = memory.target if memory.target is not None else decision.replicas
     step = plan(

@@ -32,6 +32,7 @@ from layercast_operator.snapshot import (
     Demand,
     Device,
     Node,
+    NodeFacts,
     NodeHealth,
     PeerRef,
     Replica,
@@ -129,6 +130,7 @@ class SimNode:
     devices: tuple[str, ...]
     alive: bool = True
     health: NodeHealth = NodeHealth.FRESH
+    facts: NodeFacts = field(default_factory=NodeFacts)
     ready_at: dict[str, float] = field(default_factory=dict)
     replicas: dict[str, SimReplica] = field(default_factory=dict)
 
@@ -262,6 +264,7 @@ class World:
             leaf="leaf",
             health=node.health,
             polled_at=self.now,
+            facts=node.facts,
         )
 
     def _checkpoint(self, digest: str, ready_at: float) -> Checkpoint:
