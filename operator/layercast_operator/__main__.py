@@ -28,6 +28,7 @@ from layercast_operator.errors import SettingsError
 from layercast_operator.executor import Executor
 from layercast_operator.metrics import Metrics, serve_metrics
 from layercast_operator.observer import Observer, ObserverLimits
+from layercast_operator.prometheus import Prometheus
 from layercast_operator.reconciler import Clock, Reconciler
 from layercast_operator.routes import RouteTable, serve_routes
 from layercast_operator.settings import KubernetesSettings, Settings, parse_settings
@@ -52,7 +53,17 @@ def build(
         lost_after_s=settings.agent_lost_after_s,
         demand_age_max_s=settings.demand_age_max_s,
     )
-    observer = Observer(calls=calls, limits=limits, **shared)
+    prometheus = None
+    if settings.prometheus_url:
+        prometheus = Prometheus(
+            url=settings.prometheus_url,
+            every_s=settings.prometheus_every_s,
+            token_file=settings.prometheus_token_file,
+            clock=process.clock,
+            metrics=process.metrics,
+        )
+        prometheus.start()
+    observer = Observer(calls=calls, limits=limits, prometheus=prometheus, **shared)
     executor = Executor(calls=calls, poll_soon=observer.poll_soon, may_act=may_act, **shared)
     reconciler = Reconciler(
         cluster=cluster,

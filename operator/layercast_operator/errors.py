@@ -5,7 +5,8 @@ OperatorError
 ├── ModelServiceError    the author of a ModelService; names file and field
 ├── ClusterFileError     the author of cluster.json
 ├── AgentCallError       a node: says which, with the gRPC code; `code` decides what comes next
-└── KubernetesError      the API server: refused (`code`), or away (0: try again)
+├── KubernetesError      the API server: refused (`code`), or away (0: try again)
+└── PrometheusError      Prometheus is away, or an expression is wrong (`ours`)
 
 Exceptions of libraries end at the adapter that calls the library.
 """
@@ -59,3 +60,14 @@ class KubernetesError(OperatorError):
     def __init__(self, problem: str, *, code: int) -> None:
         super().__init__(f"{problem} ({code})" if code else problem)
         self.code = code
+
+
+class PrometheusError(OperatorError):
+    """Prometheus did not answer, or refused an expression.
+
+    `ours` is True when the expression is at fault: asking again gives the same.
+    """
+
+    def __init__(self, problem: str, *, ours: bool) -> None:
+        super().__init__(problem)
+        self.ours = ours

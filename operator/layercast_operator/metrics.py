@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -87,6 +88,17 @@ class Metrics:
             ["kind"],
             registry=self.registry,
         )
+        self.prometheus_failures = Counter(
+            _PREFIX + "prometheus_failures",
+            "Rounds of questions that Prometheus did not answer.",
+            registry=self.registry,
+        )
+        self.metrics_available = Gauge(
+            _PREFIX + "metrics_available",
+            "1 while the demand of a model is known, 0 while nothing may be scaled down for lack of it.",
+            ["model"],
+            registry=self.registry,
+        )
         self.leader = Gauge(_PREFIX + "leader", "1 while this operator may act.", registry=self.registry)
 
     def show_model(self, status: Mapping[str, Any], replicas: tuple[Replica, ...]) -> None:
@@ -94,6 +106,8 @@ class Metrics:
         model = str(status["name"])
         for state, count in status["counts"].items():
             self.replicas.labels(model, state).set(count)
+        known = any(c["type"] == "MetricsAvailable" and c["status"] == "True" for c in status["conditions"])
+        self.metrics_available.labels(model).set(known)
         listed = {(model, replica.replica_id) for replica in replicas}
         for series in (self.layers_resident, self.transfer_bytes_per_s):
             _forget(series, model, keep=listed)
@@ -106,6 +120,8 @@ class Metrics:
         """Its ModelService is gone."""
         for series in (self.replicas, self.layers_resident, self.transfer_bytes_per_s):
             _forget(series, model, keep=set())
+        with contextlib.suppress(KeyError):
+            self.metrics_available.remove(model)
 
 
 def _forget(series: Gauge, model: str, *, keep: set[tuple[str, str]]) -> None:

@@ -18,6 +18,8 @@ from layercast_operator.agents import AgentCalls
 from layercast_operator.demand import Reading, demand_of, parse_reading
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
+from layercast_operator.prometheus import Prometheus
+from layercast_operator.prometheus_demand import joined
 from layercast_operator.snapshot import Node, NodeFacts, NodeHealth, Snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -65,6 +67,7 @@ class Observer:
     clock: Callable[[], float]
     wake: asyncio.Event
     limits: ObserverLimits = field(default_factory=ObserverLimits)
+    prometheus: Prometheus | None = None
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scrapes: dict[str, _Scrape] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
@@ -106,13 +109,38 @@ class Observer:
             elif health is not NodeHealth.LOST:
                 unseen.append(name)
         readings = {gateway: scrape.reading for gateway, scrape in self._scrapes.items()}
+        models = tuple(models)
         demand, problem = demand_of(readings, models=models, now=now, age_max_s=self.limits.demand_age_max_s)
-        return Snapshot(
-            at=now, nodes=tuple(nodes), unseen=tuple(unseen), demand=demand, demand_problem=problem
+        return self._with_prometheus(
+            Snapshot(at=now, nodes=tuple(nodes), unseen=tuple(unseen), demand=demand, demand_problem=problem),
+            models,
         )
+
+    def _with_prometheus(self, snapshot: Snapshot, models: Iterable[str]) -> Snapshot:
+        """The same with what Prometheus tells; unchanged where there is none."""
+        if self.prometheus is None:
+            return snapshot
+        answers = self.prometheus.answers
+        demand = {}
+        for model in models:
+            both = joined(
+                snapshot.demand.get(model),
+                answers,
+                model=model,
+                now=snapshot.at,
+                age_max_s=self.prometheus.age_max_s,
+                gateways=bool(self._scrapes),
+            )
+            if both is not None:
+                demand[model] = both
+        problem = "; ".join(filter(None, (snapshot.demand_problem, answers.problem)))
+        latency = {m: t.ttft_p99_s for m, t in answers.by_model.items() if t.ttft_p99_s is not None}
+        return replace(snapshot, demand=demand, demand_problem=problem, ttft_p99_s=latency)
 
     async def close(self) -> None:
         """Stop looking."""
+        if self.prometheus is not None:
+            await self.prometheus.close()
         tasks = [watch.task for watch in self._watches.values()]
         tasks += [scrape.task for scrape in self._scrapes.values()]
         self._watches.clear()

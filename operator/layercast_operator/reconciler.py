@@ -21,7 +21,7 @@ from layercast_operator.cluster import Cluster, Desired
 from layercast_operator.executor import Executor
 from layercast_operator.history import memory_of
 from layercast_operator.metrics import Metrics
-from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.modelservice import ModelService, Queries, ScalePolicy
 from layercast_operator.observer import Observer
 from layercast_operator.planner import plan_orphans
 from layercast_operator.routes import RouteInput, RouteTable, route_of, route_of_orphans
@@ -99,6 +99,11 @@ class Reconciler:
         desired = await self.cluster.desired()
         await self.observer.set_cluster(desired.agents, desired.gateways, desired.nodes)
         names = [model.name for model in desired.models]
+        if self.observer.prometheus is not None:
+            self.observer.prometheus.models = {
+                model.name: model.scaling.queries if model.scaling is not None else Queries()
+                for model in desired.models
+            }
         snapshot = with_pending(self.observer.snapshot(names), self.executor.pending())
         self._take_failures()
         taken: set[tuple[str, str]] = set()

@@ -77,6 +77,15 @@ class Settings:
     demand_age_max_s: float
     """Older demand is unknown, and what is unknown shrinks nothing."""
 
+    prometheus_url: str
+    """Where demand is asked for besides the gateways; empty means nowhere."""
+
+    prometheus_every_s: float
+    """Time between two rounds of questions to Prometheus."""
+
+    prometheus_token_file: Path | None
+    """A bearer token for it, read again for each question."""
+
     log_format: str
     """`text`, or `json` for one JSON object a line."""
 
@@ -117,6 +126,9 @@ def _flags(environment: Mapping[str, str]) -> _Parser:
     flag("agent-deadline-s", "how long an agent may take to answer", default="1")
     flag("agent-lost-after-s", "when a silent agent counts as gone", default="5")
     flag("demand-age-max-s", "when the demand that a gateway told is unknown", default="2")
+    flag("prometheus-url", "http(s) address of Prometheus; empty means none", default="")
+    flag("prometheus-every-s", "time between two rounds of questions", default="5")
+    flag("prometheus-token-file", "file with a bearer token for it", default="")
     flag("log-format", "text or json", default="text")
     return parser
 
@@ -142,6 +154,9 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         agent_deadline_s=_seconds(flags.agent_deadline_s, "--agent-deadline-s"),
         agent_lost_after_s=_seconds(flags.agent_lost_after_s, "--agent-lost-after-s"),
         demand_age_max_s=_seconds(flags.demand_age_max_s, "--demand-age-max-s"),
+        prometheus_url=_url(flags.prometheus_url, "--prometheus-url"),
+        prometheus_every_s=_seconds(flags.prometheus_every_s, "--prometheus-every-s"),
+        prometheus_token_file=Path(flags.prometheus_token_file) if flags.prometheus_token_file else None,
         log_format=flags.log_format,
     )
 
@@ -173,6 +188,12 @@ def _address(text: str, flag: str) -> Address:
     if not colon or not host or not port.isdecimal() or int(port) > PORT_MAX:
         raise SettingsError(f"{flag} {text!r} is not host:port")
     return Address(host=host, port=int(port))
+
+
+def _url(text: str, flag: str) -> str:
+    if text and not text.startswith(("http://", "https://")):
+        raise SettingsError(f"{flag} {text!r} must start with http:// or https://")
+    return text
 
 
 def _seconds(text: str, flag: str) -> float:

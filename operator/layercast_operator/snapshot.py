@@ -233,6 +233,8 @@ class Demand:
     requests_in_flight: float
     complete: bool
     problem: str = ""
+    reason: str = ""
+    """Why it is not complete, in one word; empty means that a gateway is missing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -247,6 +249,8 @@ class Snapshot:
     """By model; absent means that no gateway tells anything."""
     demand_problem: str = ""
     """Why `demand` lacks models, in words."""
+    ttft_p99_s: Mapping[str, float] = field(default_factory=dict)
+    """By model, where it is known: 99th percentile of the time to the first token."""
 
     @property
     def present(self) -> Iterator[Node]:

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from layercast_operator.explanation import explanation
 from layercast_operator.feeding import holders_of
 from layercast_operator.history import rfc3339, scale_json
 from layercast_operator.modelservice import ModelService
@@ -86,6 +87,8 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
         "recommendation": None
         if advice is None
         else {"replicas": advice.replicas, "rule": advice.rule.value, "reason": advice.reason},
+        "latency": _latency(snapshot.ttft_p99_s.get(model.name)),
+        "decision": explanation(model.scaling, turn.given, turn.decision),
         "endpoint": endpoint,
     }
     message = "" if counts.serving else next(c.message for c in conditions if c.type == "Ready")
@@ -95,6 +98,10 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
 def selector(name: str) -> str:
     """The label selector of the scale subresource. Replicas are no pods: it names the model and finds none."""
     return f"layercast.dev/model={name}"
+
+
+def _latency(ttft_p99_s: float | None) -> dict[str, Any] | None:
+    return None if ttft_p99_s is None else {"ttftP99": f"{ttft_p99_s:.2g} s"}
 
 
 def report_invalid(
@@ -114,6 +121,8 @@ def report_invalid(
         "lastScale": None,
         "scales": [],
         "recommendation": None,
+        "latency": None,
+        "decision": None,
         "endpoint": "",
     }
     return status, changed
@@ -247,10 +256,12 @@ def _metrics_available(model: ModelService, snapshot: Snapshot) -> Condition:
         return Condition(type="MetricsAvailable", status="Unknown", reason="NoMetrics", message=message)
     if not demand.complete:
         message = f"{demand.problem or 'a gateway is silent'}; nothing is scaled down"
-        return Condition(type="MetricsAvailable", status="False", reason="Partial", message=message)
-    return Condition(
-        type="MetricsAvailable", status="True", reason="Fresh", message="all gateways tell their demand"
-    )
+        status = "Unknown" if demand.reason == "SeriesAwaited" else "False"
+        return Condition(
+            type="MetricsAvailable", status=status, reason=demand.reason or "Partial", message=message
+        )
+    message = "all gateways tell their demand"
+    return Condition(type="MetricsAvailable", status="True", reason="Fresh", message=message)
 
 
 def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:

@@ -30,6 +30,8 @@ class Turn:
     """In mode Recommend: what the policy would do."""
     changed: bool
     """The number of wanted replicas is another than before this turn."""
+    given: PolicyInput
+    """What the decision could know."""
 
 
 def take_turn(
@@ -67,6 +69,7 @@ def take_turn(
         policy=chosen,
         recommendation=recommendation,
         changed=memory.target != before,
+        given=_policy_input(model, snapshot, memory, target, room),
     )
 
 

@@ -19,7 +19,7 @@ def settled(worlds: Any, *, nodes: int, replicas: int, **changes: Any) -> Any:
 
 
 def home(pilot: Any) -> str:
-    return next(name for name, node in pilot.world.nodes.items() if node.replicas)
+    return str(next(name for name, node in pilot.world.nodes.items() if node.replicas))
 
 
 def leave(pilot: Any, name: str, why: str = "cordoned") -> None:

@@ -56,6 +56,9 @@ class Cluster:
             agent_deadline_s=0.5,
             agent_lost_after_s=0.4,
             demand_age_max_s=1.0,
+            prometheus_url="",
+            prometheus_every_s=0.1,
+            prometheus_token_file=None,
             log_format="text",
         )
         process = Process(settings=settings, stop=asyncio.Event())

@@ -22,8 +22,6 @@ _LOG = logging.getLogger(__name__)
 
 AGAIN_AFTER_S = 1.0
 END_DEADLINE_S = 3.0
-# A change is told at once; kopf waits so long for a second one of the same object.
-BATCH_WINDOW_S = 0.01
 WATCH_S = 240
 
 Ring = Callable[[str, str, Mapping[str, Any]], None]
@@ -82,7 +80,7 @@ class Doorbell:
             try:
                 asyncio.run(self._watch())
             except Exception:
-                _LOG.exception("kopf ended; it is started again", extra={"thread": self._thread.name})
+                _LOG.exception("kopf ended; it is started again", extra={"watch": self._thread.name})
             self._stop.wait(AGAIN_AFTER_S)
 
     async def _watch(self) -> None:
@@ -134,7 +132,6 @@ def _settings() -> kopf.OperatorSettings:
     settings = kopf.OperatorSettings()
     settings.posting.enabled = False
     settings.scanning.disabled = True
-    settings.queueing.batch_window = BATCH_WINDOW_S
     settings.networking.error_backoffs = _Forever()
     settings.networking.connect_timeout = 3.0
     settings.watching.server_timeout = WATCH_S
