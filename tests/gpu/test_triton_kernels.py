@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.nn.functional import silu
 
-
 PAGE = 16
 
 
@@ -70,9 +69,7 @@ def test_skinny_product(device: torch.device, dtype: torch.dtype, rows: int, gat
 
 @pytest.mark.parametrize("norm", [False, True])
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 16), (9, 3, 64), (2, 2, 32)])
-def test_rope_and_store(
-    device: torch.device, q_heads: int, kv_heads: int, dim: int, *, norm: bool
-) -> None:
+def test_rope_and_store(device: torch.device, q_heads: int, kv_heads: int, dim: int, *, norm: bool) -> None:
     from layercast_agent.engine import triton_ops
 
     dtype, tokens = torch.float32, 4
@@ -83,16 +80,14 @@ def test_rope_and_store(
     slots = torch.tensor([5, -1, 0, 63], device=device)
     keys, values = (torch.full((64, kv_heads, dim), 7.0, device=device) for _ in range(2))
     heads = qkv.clone().view(tokens, -1, dim)
-    q, k, v = heads.split([q_heads, kv_heads, kv_heads], dim=1)
+    q, k, v = torch.split(heads, [q_heads, kv_heads, kv_heads], dim=1)
     if gains is not None:
         q, k = (
             x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * gain
             for x, gain in zip((q, k), gains, strict=True)
         )
     cos, sin = (f(angle[positions]).repeat(1, 2)[:, None] for f in (torch.cos, torch.sin))
-    q, k = (
-        x * cos + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1) * sin for x in (q, k)
-    )
+    q, k = (x * cos + torch.cat([-x[..., dim // 2 :], x[..., : dim // 2]], dim=-1) * sin for x in (q, k))
     triton_ops.rope_store(
         qkv,
         norms=gains,  # type: ignore[arg-type]
@@ -142,7 +137,7 @@ def _attend(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("q_heads", "kv_heads", "dim"), [(4, 2, 16), (9, 3, 64)])
 def test_decode_attention(
-    device: torch.device, q_heads: int, kv_heads: int, dim: int, dtype: torch.dtype, window: int | None
+    device: torch.device, q_heads: int, kv_heads: int, dim: int, *, dtype: torch.dtype, window: int | None
 ) -> None:
     from layercast_agent.engine.triton_attention import decode_attention
 

@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from layercast_agent.engine.architectures import ModelShape
 from layercast_agent.engine.attention import BatchPlan, Span
-from layercast_agent.engine.fast import FastModel, LayerWeights, Projection
+from layercast_agent.engine.fast import EMBED, LM_HEAD, NORM, FastModel, LayerWeights, Projection
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.llama import LlamaShape
 
@@ -121,9 +121,7 @@ def _upload(device: torch.device, *columns: Any) -> tuple[torch.Tensor, ...]:
     for start, column in zip(starts, flat, strict=False):
         whole[start : start + len(column)] = column
     there = torch.from_numpy(whole).to(device)
-    return tuple(
-        there[start : start + len(column)] for start, column in zip(starts, flat, strict=False)
-    )
+    return tuple(there[start : start + len(column)] for start, column in zip(starts, flat, strict=False))
 
 
 class CudaModel(FastModel):
@@ -159,7 +157,9 @@ class CudaModel(FastModel):
                 return replayed
         return self.execute(first, last, hidden, batch.kv, Tables.of(batch, self._tile))
 
-    def execute(self, first: int, last: int, hidden: torch.Tensor, kv: KVCache, tables: Tables) -> torch.Tensor:
+    def execute(
+        self, first: int, last: int, hidden: torch.Tensor, kv: KVCache, tables: Tables
+    ) -> torch.Tensor:
         """`run_layers` without a look at the host: every number that changes from step to step is in `tables`."""
         ops, eps = self._ops, self.sizes.norm_eps
         # Added to in place.
@@ -180,9 +180,12 @@ class CudaModel(FastModel):
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """As LayeredModel."""
-        norm, head = self._head()
-        normed = self._ops.rms_norm(hidden.contiguous(), norm, self.sizes.norm_eps)
-        return self._linear(normed, head).float()
+        self._require(self.shape.layers + 1)
+        if self.sizes.tied:
+            self._require(0)
+        normed = self._ops.rms_norm(hidden.contiguous(), self._parameters[NORM], self.sizes.norm_eps)
+        head = self._parameters[EMBED if self.sizes.tied else LM_HEAD]
+        return self._linear(normed, Projection(weights=(head,), biases=())).float()
 
     def _attention_of(
         self, layer: int, normed: torch.Tensor, weights: LayerWeights, kv: KVCache, tables: Tables

@@ -85,7 +85,7 @@ class DecodeGraphs:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capture")
         self._stream: Any = None
-        self._pool: Any = None
+        self._pool = torch.cuda.graph_pool_handle()
 
     @property
     def state(self) -> str:
@@ -153,8 +153,7 @@ class DecodeGraphs:
             model.execute(0, layers, inputs.hidden, kv, inputs.tables())
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            pool = () if self._pool is None else (self._pool,)
-            graph.capture_begin(*pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
                 output = model.execute(0, layers, inputs.hidden, kv, inputs.tables())
             finally:

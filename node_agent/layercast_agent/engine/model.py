@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import torch
 
-from layercast_agent.engine import llama
+from layercast_agent.engine import cuda, llama
 from layercast_agent.engine.architectures import ModelShape, shape_of, transformers_config
 from layercast_agent.engine.attention import BatchPlan
 from layercast_agent.engine.fast import FastModel
@@ -103,5 +103,12 @@ def build_model(
 ) -> LayeredModel:
     """A model without parameters, as `choose_block` says. Raises as that does. `shape` comes from `shape_of`."""
     if choose_block(config, wanted).fast:
+        sizes = llama.read(transformers_config(config))
+        if (
+            device.type == "cuda"
+            and isinstance(sizes, llama.LlamaShape)
+            and cuda.triton_missing(sizes) is None
+        ):
+            return cuda.CudaModel(config=config, shape=shape, device=device)
         return FastModel(config=config, shape=shape, device=device)
     return GenericModel(config=config, shape=shape, device=device)

@@ -26,7 +26,6 @@ def prefill_tile(dtype: torch.dtype) -> int:
     return 128 if dtype.itemsize == 2 else 32
 
 
-
 @triton.jit
 def _decode(
     q, keys, values, rows, lengths, pages, partial, weights, scale,
@@ -125,8 +124,8 @@ def decode_attention(
     _decode[(spans, kv_heads, splits)](
         q, keys, values, rows, lengths, pages, partial, weights, scale,
         q.stride(0), keys.stride(0), pages.stride(0), splits,
-        GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), D=head_dim, PAGE=page_size, BLOCK=64 if q.element_size() == 2 else 16,
-        WINDOW=window or 0, num_warps=4, num_stages=3,
+        GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), D=head_dim, PAGE=page_size,
+        BLOCK=64 if q.element_size() == 2 else 16, WINDOW=window or 0, num_warps=4, num_stages=3,
     )  # fmt: skip
     _merge[(spans, kv_heads * group)](
         partial, weights, rows, out, out.stride(0), splits,

@@ -1,0 +1,115 @@
+"""`python -m bench.gpu`: runs the parts, each in a process of its own, and puts their figures together.
+
+A kernel that fails poisons the process's GPU context, so a part may fail without stopping the others. All processes
+start at once and import meanwhile; the parts themselves run one after another, alone on the device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from bench import report
+
+PARTS = ("kernels", "tokens", "ceilings", "products", "load", "model", "scaleup")
+LIMIT_S = 200.0
+RESULT = "RESULT "
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """What a part said. `figures` is None when it failed."""
+
+    part: str
+    seconds: float
+    log: str
+    figures: dict[str, float | str] | None
+
+
+def start(part: str, arguments: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
+    """The part's process, which waits for a line on its standard input before it begins."""
+    command = [sys.executable, "-m", f"bench.gpu.{part}", "--mode", arguments.mode]
+    with (folder / f"{part}.log").open("w") as log:
+        return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=log, stderr=log, text=True)
+
+
+def finish(
+    part: str, process: subprocess.Popen[str], folder: Path, ceilings: dict[str, float | str]
+) -> Outcome:
+    """Lets a part go, with the ceilings measured so far, and waits for its end."""
+    began = time.monotonic()
+    try:
+        process.communicate(json.dumps(ceilings) + "\n", timeout=LIMIT_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    log = (folder / f"{part}.log").read_text()
+    results = [line for line in log.splitlines() if line.startswith(RESULT)]
+    figures = json.loads(results[-1].removeprefix(RESULT)) if results and process.returncode == 0 else None
+    return Outcome(part=part, seconds=time.monotonic() - began, log=log, figures=figures)
+
+
+def run(arguments: argparse.Namespace, folder: Path) -> list[Outcome]:
+    """All parts, in order; the ceilings are given to those after them."""
+    processes = {part: start(part, arguments, folder) for part in arguments.parts}
+    outcomes: list[Outcome] = []
+    try:
+        for part, process in processes.items():
+            known = {k: v for outcome in outcomes for k, v in (outcome.figures or {}).items()}
+            outcome = finish(part, process, folder, known)
+            outcomes.append(outcome)
+            print(
+                f"== {part}: {'failed' if outcome.figures is None else 'ok'}, {outcome.seconds:.1f} s",
+                flush=True,
+            )
+            print(re.sub(rf"^{RESULT}.*\n?", "", outcome.log, flags=re.MULTILINE).rstrip(), flush=True)
+    finally:
+        for process in processes.values():
+            process.kill()
+    return outcomes
+
+
+def main() -> int:
+    """Entry point: 0 when every part went well."""
+    parser = argparse.ArgumentParser(prog="bench/gpu.sh", description=__doc__)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--small", dest="mode", action="store_const", const="small", default="full")
+    parser.add_argument("--shake", dest="mode", action="store_const", const="shake")
+    arguments = parser.parse_args()
+    arguments.parts = arguments.parts or list(PARTS)
+    if unknown := set(arguments.parts) - set(PARTS):
+        parser.error(f"no such part: {', '.join(sorted(unknown))}")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(os.environ.get("OUT") or temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        outcomes = run(arguments, folder)
+        figures: dict[str, object] = {
+            "bench": "gpu",
+            "mode": arguments.mode,
+            "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
+            "hardware": report.hardware(),
+        }
+        for outcome in outcomes:
+            figures |= outcome.figures or {}
+        figures["failed"] = [outcome.part for outcome in outcomes if outcome.figures is None]
+        print(report.table(["figure", "value"], [[key, _shown(value)] for key, value in figures.items()]))
+        (folder / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
+        print(report.last_line(figures))
+    return 1 if figures["failed"] else 0
+
+
+def _shown(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

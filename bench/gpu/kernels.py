@@ -1,0 +1,31 @@
+"""Every kernel and the CUDA block against references: the tests of tests/gpu, on this device."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+
+from bench.gpu.part import Figures, Setting, main
+
+
+def measure(setting: Setting) -> Figures:
+    """Runs pytest without the repository's settings: the machine need not have their plugins."""
+    if setting.small:
+        # Without a GPU they are part of the ordinary tests, where Triton is installed.
+        return {"kernel_tests": "run on a GPU"}
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "--import-mode=importlib",
+               "-p", "no:cacheprovider", "-q", "-x" if setting.mode == "none" else "-ra", "--tb=short",
+               "-W", "ignore", "tests/gpu"]  # fmt: skip
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
+    print(ran.stdout[-12000:])
+    counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", ran.stdout)}
+    return {
+        "kernel_tests_passed": float(counted.get("passed", 0)),
+        "kernel_tests_failed": float(counted.get("failed", 0) + counted.get("error", 0)),
+        "kernel_tests_exit": float(ran.returncode),
+    }
+
+
+if __name__ == "__main__":
+    main(measure)

@@ -1,0 +1,105 @@
+"""Products of few rows with an 8 B model's matrices: cuBLAS beside our streaming kernel, in several tilings."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from bench.gpu.part import Figures, Setting, main, seconds
+from torch.nn import functional
+
+MATRICES = {
+    "qkv": (6144, 4096, False),
+    "output": (4096, 4096, False),
+    "gate_up": (28672, 4096, True),
+    "down": (4096, 14336, False),
+    "head": (128256, 4096, False),
+}
+ROW_TILES = (
+    (1, 4096, 4, 1),
+    (2, 2048, 4, 1),
+    (4, 1024, 4, 1),
+    (8, 1024, 4, 1),
+    (8, 512, 4, 1),
+    (16, 512, 8, 1),
+)
+ROWS_TILES = (
+    (16, 256, 4, 4), (16, 512, 4, 3), (16, 256, 2, 5), (32, 128, 4, 5), (32, 256, 4, 3),
+    (64, 128, 4, 4), (64, 64, 4, 6), (128, 64, 4, 5), (128, 128, 8, 4),
+)  # fmt: skip
+TURNS = 20
+
+
+def measure(setting: Setting) -> Figures:
+    """Share of the copy's bandwidth that each takes, in a graph over enough matrices to miss the cache."""
+    if setting.device.type != "cuda":
+        return {"products": "need a GPU"}
+    from layercast_agent.engine import triton_ops
+
+    ceiling = float(setting.known.get("copy_gb_per_s", 3000.0)) * 1e9
+    for name, (rows, columns, gated) in MATRICES.items():
+        nbytes = 2 * rows * columns
+        copies = max(2, (200 << 20) // nbytes + 1)
+        weights = [
+            torch.randn(rows, columns, device="cuda", dtype=torch.bfloat16) / 64 for _ in range(copies)
+        ]
+        for count in (1, 8, 32):
+            x = torch.randn(count, columns, device="cuda", dtype=torch.bfloat16)
+            plain = _plain(x, gated)
+            line = [f"cublas {_share(plain, weights, ceiling):.2f}"]
+            for tiles in ROW_TILES if count == 1 else ROWS_TILES:
+                line.append(
+                    _try(
+                        partial(triton_ops.skinny, x, gated=gated, tiles=tiles),
+                        tiles,
+                        weights,
+                        plain,
+                        ceiling,
+                    )
+                )
+            print(f"{name:8s} {count:3d} rows: " + "  ".join(line), flush=True)
+    return {"products": "see the log"}
+
+
+def _plain(x: torch.Tensor, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
+    def run(weight: torch.Tensor) -> torch.Tensor:
+        product = functional.linear(x, weight)
+        if not gated:
+            return product
+        gate, up = product.chunk(2, dim=1)
+        return functional.silu(gate) * up
+
+    return run
+
+
+def _try(
+    product: Callable[[torch.Tensor], torch.Tensor],
+    tiles: tuple[int, ...],
+    weights: list[torch.Tensor],
+    plain: Callable[[torch.Tensor], torch.Tensor],
+    ceiling: float,
+) -> str:
+    try:
+        reference = plain(weights[0]).float()
+        error = float((product(weights[0]).float() - reference).norm() / reference.norm())
+        share = _share(product, weights, ceiling)
+    except Exception as refused:
+        return f"{tiles} {type(refused).__name__}"
+    return f"{tiles} {share:.2f}" + ("" if error < 0.02 else f" WRONG {error:.1e}")
+
+
+def _share(
+    function: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor], ceiling: float
+) -> float:
+    function(weights[0])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for turn in range(TURNS):
+            function(weights[turn % len(weights)])
+    return TURNS * weights[0].nbytes / seconds(graph.replay, torch.device("cuda"), repeat=5, warm=1) / ceiling
+
+
+if __name__ == "__main__":
+    main(measure)
