@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import subprocess
 import sys
@@ -14,9 +15,10 @@ def measure(setting: Setting) -> Figures:
     if setting.small:
         # Without a GPU they are part of the ordinary tests, where Triton is installed.
         return {"kernel_tests": "run on a GPU"}
-    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "--import-mode=importlib",
-               "-p", "no:cacheprovider", "-q", "-x" if setting.mode == "none" else "-ra", "--tb=short",
-               "-W", "ignore", "tests/gpu"]  # fmt: skip
+    # Compiling is most of it, and the cores are many.
+    spread = ["-n", "8"] if importlib.util.find_spec("xdist") is not None else []
+    command = [sys.executable, "-m", "pytest", "-c", "/dev/null", "--rootdir", ".", "--import-mode=importlib"]
+    command += ["-p", "no:cacheprovider", "-q", "-ra", "--tb=short", "-W", "ignore", *spread, "tests/gpu"]
     ran = subprocess.run(command, capture_output=True, text=True, timeout=180, check=False)
     print(ran.stdout[-12000:])
     counted = {word: int(n) for n, word in re.findall(r"(\d+) (passed|failed|error|skipped)", ran.stdout)}

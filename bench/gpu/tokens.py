@@ -103,7 +103,7 @@ def _compare(families: Any, name: str, block: str, device: torch.device) -> str:
 
 @torch.inference_mode()
 def _agreement(device: torch.device, wanted: Wanted) -> float:
-    """Share of positions with the judge's best token, where its lead is above three deviations of the noise."""
+    """Share of positions with the judge's best token, where its lead is clearly above the noise."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
     values = {key: value for key, value in SMOLLM2.items() if key != "architectures"}
@@ -125,9 +125,10 @@ def _agreement(device: torch.device, wanted: Wanted) -> float:
     best = exact.topk(2, dim=-1)
     clear = best.values[:, 0] - best.values[:, 1] > 3 * noise
     same = ours.argmax(-1) == best.indices[:, 0]
-    print(f"bf16 {model.block}: noise {noise:.4f}, {int(clear.sum())} of 512 positions clear, "
-          f"agreement {float(same[clear].float().mean()):.4f} there, {float(same.float().mean()):.4f} overall")  # fmt: skip
-    return float(same[clear].float().mean())
+    there, overall = float(same[clear].float().mean()), float(same.float().mean())
+    print(f"bf16 {model.block}: noise {noise:.4f}, {int(clear.sum())} of 512 positions clear", end=", ")
+    print(f"agreement {there:.4f} there, {overall:.4f} overall")
+    return there
 
 
 if __name__ == "__main__":
