@@ -51,7 +51,7 @@ def measure(setting: Setting) -> Figures:
             for tiles in ROW_TILES if count == 1 else ROWS_TILES:
                 line.append(
                     _try(
-                        partial(triton_ops.skinny, x, gated=gated, tiles=tiles),
+                        partial(triton_ops.skinny, x, tiles=tiles, gated=gated),
                         tiles,
                         weights,
                         plain,

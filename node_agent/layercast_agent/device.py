@@ -91,6 +91,26 @@ def free_bytes(device: torch.device) -> int | None:
     return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
 
 
+def to_host(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The bytes of tensors of one device, one after another: uint8 [n] on the host, and nobody else's."""
+    flat = [part.flatten().view(torch.uint8) for part in parts]
+    if flat[0].device.type == "cpu":
+        return torch.cat(flat)
+    # Pinned: a request's state can be hundreds of megabytes, and ordinary memory takes a tenth of the bus.
+    host = torch.empty(sum(part.numel() for part in flat), dtype=torch.uint8, pin_memory=True)
+    for place, part in zip(host.split([part.numel() for part in flat]), flat, strict=True):  # type: ignore[no-untyped-call]
+        place.copy_(part, non_blocking=True)
+    torch.cuda.current_stream(flat[0].device).synchronize()
+    return host
+
+
+def from_host(data: bytes | bytearray | memoryview, device: torch.device) -> torch.Tensor:
+    """A copy of host bytes on the device: uint8 [n]. The host's may be freed when this returns."""
+    if device.type == "cpu" or memoryview(data).readonly:
+        data = bytearray(data)
+    return torch.frombuffer(data, dtype=torch.uint8).to(device)
+
+
 def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch leaves it unannotated
 

@@ -11,15 +11,24 @@ of one query, so shared keys and values are never repeated.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
 from layercast_agent.engine.kv import KVCache
+
+T = TypeVar("T")
+
+
+def to_device(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A small tensor of the host on the device. Through pinned memory: else the host would wait for the device."""
+    if device.type == "cuda":
+        return numbers.pin_memory().to(device, non_blocking=True)
+    return numbers.to(device)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +91,7 @@ class BatchPlan:
     positions: torch.Tensor
     slots: torch.Tensor
     _readings: dict[int | None, list[_Reading]] = field(default_factory=dict)
+    _made: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kv: KVCache, spans: Sequence[Span]) -> BatchPlan:
@@ -89,7 +99,7 @@ class BatchPlan:
         # Plain lists: a tensor operation a request would cost a decoding batch more than a layer does.
         positions = [position for span in spans for position in range(span.start, span.stop)]
         slots = [slot for span in spans for slot in span.slots(kv.page_size)]
-        both = torch.tensor([positions, slots], dtype=torch.int64).to(kv.device)
+        both = to_device(torch.tensor([positions, slots], dtype=torch.int64), kv.device)
         return cls(kv=kv, spans=spans, positions=both[0], slots=both[1])
 
     @cached_property
@@ -106,6 +116,13 @@ class BatchPlan:
             stops=torch.tensor([span.stop for span in self.spans], dtype=torch.int32).to(device),
             offsets=torch.tensor(offsets, dtype=torch.int32).to(device),
         )
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """What a block makes of the plan, made at its first layer and kept for the others."""
+        if name not in self._made:
+            self._made[name] = make()
+        found: T = self._made[name]
+        return found
 
     def readings(self, window: int | None) -> list[_Reading]:
         """For each span what it reads in a layer with that sliding window (None: everything before)."""

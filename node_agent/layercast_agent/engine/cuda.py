@@ -8,19 +8,18 @@ CUDA graphs once `cuda_graphs` has captured them; a slice, and whatever was not 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from layercast_agent.engine.architectures import ModelShape
-from layercast_agent.engine.attention import BatchPlan, Span
+from layercast_agent.engine.attention import BatchPlan
 from layercast_agent.engine.fast import EMBED, LM_HEAD, NORM, FastModel, LayerWeights, Projection
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.llama import LlamaShape
+from layercast_agent.engine.tables import Tables
 
 
 def triton_missing(sizes: LlamaShape) -> str | None:
@@ -32,98 +31,6 @@ def triton_missing(sizes: LlamaShape) -> str | None:
     return None
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decodes:
-    """Spans of one token: their rows in the batch, positions seen, pages. int32 [n], [n], [n, widest]."""
-
-    rows: torch.Tensor
-    lengths: torch.Tensor
-    pages: torch.Tensor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prefills:
-    """Longer spans: first rows, first positions, counts, pages; and the tiles of queries that cover them. int32."""
-
-    rows: torch.Tensor
-    starts: torch.Tensor
-    counts: torch.Tensor
-    pages: torch.Tensor
-    tiles: tuple[torch.Tensor, torch.Tensor]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tables:
-    """What the kernels know of a batch of T tokens; made once a step. `positions` and `slots` are int64 [T]."""
-
-    positions: torch.Tensor
-    slots: torch.Tensor
-    decodes: Decodes | None
-    prefills: Prefills | None
-
-    @classmethod
-    def of(cls, batch: BatchPlan, tile: int) -> Tables:
-        """The tables of a batch, through one copy to the device for each kind of span."""
-        rows = np.cumsum([0, *(span.count for span in batch.spans)])[:-1].tolist()
-        spans = list(zip(rows, batch.spans, strict=True))
-        singles = [(row, span) for row, span in spans if span.count == 1]
-        longer = [(row, span) for row, span in spans if span.count > 1]
-        return cls(
-            positions=batch.positions,
-            slots=batch.slots,
-            decodes=_decodes(singles, batch.kv) if singles else None,
-            prefills=_prefills(longer, batch.kv, tile) if longer else None,
-        )
-
-
-def _decodes(spans: Sequence[tuple[int, Span]], kv: KVCache) -> Decodes:
-    pages = page_table([span for _, span in spans], kv.page_size)
-    columns = [[row for row, _ in spans], [span.stop for _, span in spans]]
-    rows, lengths, pages_on = _upload(kv.device, *columns, pages)
-    return Decodes(rows=rows, lengths=lengths, pages=pages_on.view(pages.shape))
-
-
-def _prefills(spans: Sequence[tuple[int, Span]], kv: KVCache, tile: int) -> Prefills:
-    pages = page_table([span for _, span in spans], kv.page_size)
-    tiles = [(index, at) for index, (_, span) in enumerate(spans) for at in range(0, span.count, tile)]
-    rows, starts, counts, tile_spans, tile_starts, pages_on = _upload(
-        kv.device,
-        [row for row, _ in spans],
-        [span.start for _, span in spans],
-        [span.count for _, span in spans],
-        [index for index, _ in tiles],
-        [at for _, at in tiles],
-        pages,
-    )
-    return Prefills(
-        rows=rows,
-        starts=starts,
-        counts=counts,
-        pages=pages_on.view(pages.shape),
-        tiles=(tile_spans, tile_starts),
-    )
-
-
-def page_table(spans: Sequence[Span], page_size: int) -> np.ndarray[Any, np.dtype[np.int32]]:
-    """The pages that each span sees, filled up with 0 to the widest, to a multiple of 16 that kernels load well."""
-    used = [-(-span.stop // page_size) for span in spans]
-    table = np.zeros((len(spans), -(-max(used) // 16) * 16), dtype=np.int32)
-    for row, (span, count) in enumerate(zip(spans, used, strict=True)):
-        table[row, :count] = span.pages[:count]
-    return table
-
-
-def _upload(device: torch.device, *columns: Any) -> tuple[torch.Tensor, ...]:
-    """Numbers as int32 on the device, in one copy; each column starts where a kernel may load 16 bytes."""
-    flat = [np.asarray(column, dtype=np.int32).ravel() for column in columns]
-    starts = np.cumsum([0, *(-(-len(column) // 4) * 4 for column in flat)]).tolist()
-    whole = np.zeros(starts[-1], dtype=np.int32)
-    for start, column in zip(starts, flat, strict=False):
-        whole[start : start + len(column)] = column
-    there = torch.from_numpy(whole).to(device)
-    return tuple(there[start : start + len(column)] for start, column in zip(starts, flat, strict=False))
-
-
 class CudaModel(FastModel):
     """A `LayeredModel` of the Llama family on a GPU. On a CPU it runs in Triton's interpreter, for tests."""
 
@@ -133,15 +40,16 @@ class CudaModel(FastModel):
         # Imported here: without Triton this module must still say why it cannot be used.
         from layercast_agent.engine import triton_attention, triton_ops
         from layercast_agent.engine.cuda_graphs import DecodeGraphs
+        from layercast_agent.engine.cuda_prepare import Preparation
 
         self._ops = triton_ops
         self._attend = triton_attention
         self._tile = triton_attention.prefill_tile(shape.dtype)
-        self._stream_rows_max = triton_ops.SKINNY_ROWS_MAX if shape.dtype.itemsize == 2 else 0
         positions = torch.arange(shape.context_length_max, device=device, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies
         self._cos, self._sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
         self._graphs = DecodeGraphs(self) if device.type == "cuda" else None
+        self._preparation = Preparation(self.sizes, shape.dtype, device) if device.type == "cuda" else None
 
     @property
     def block(self) -> str:
@@ -151,11 +59,14 @@ class CudaModel(FastModel):
     @torch.inference_mode()
     def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
         """As LayeredModel."""
+        if self._preparation is not None:
+            self._preparation.wait()
         if self._graphs is not None and (first, last) == (0, self.shape.layers):
             replayed = self._graphs.run(hidden, batch)
             if replayed is not None:
                 return replayed
-        return self.execute(first, last, hidden, batch.kv, Tables.of(batch, self._tile))
+        tables = batch.once("cuda", lambda: Tables.of(batch, self._tile))
+        return self.execute(first, last, hidden, batch.kv, tables)
 
     def execute(
         self, first: int, last: int, hidden: torch.Tensor, kv: KVCache, tables: Tables
@@ -234,9 +145,8 @@ class CudaModel(FastModel):
 
     def _linear(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
         weights, biases = projection.weights, projection.biases
-        if len(weights) == 1 and x.shape[0] <= self._stream_rows_max and x.shape[1] % 8 == 0:
-            product = self._ops.skinny(x, weights[0])
-            return product.add_(biases[0] if len(biases) == 1 else torch.cat(biases)) if biases else product
+        if (tiles := self._tiles(x, projection, gated=False)) is not None:
+            return self._ops.skinny(x, weights[0], tiles)
         parts = [
             functional.linear(x, weight, bias)
             for weight, bias in zip(weights, biases or (None,) * len(weights), strict=True)
@@ -245,7 +155,15 @@ class CudaModel(FastModel):
 
     def _gated(self, x: torch.Tensor, projection: Projection) -> torch.Tensor:
         """silu(gate) * up of x."""
-        few = x.shape[0] <= self._stream_rows_max and x.shape[1] % 8 == 0
-        if few and len(projection.weights) == 1 and not projection.biases:
-            return self._ops.skinny(x, projection.weights[0], gated=True)
+        if (tiles := self._tiles(x, projection, gated=True)) is not None:
+            return self._ops.skinny(x, projection.weights[0], tiles, gated=True)
         return self._ops.silu_mul(self._linear(x, projection))
+
+    def _tiles(
+        self, x: torch.Tensor, projection: Projection, *, gated: bool
+    ) -> tuple[int, int, int, int] | None:
+        """How our own kernel does this product; None when cuBLAS does it."""
+        if len(projection.weights) > 1 or projection.biases or x.dtype.itemsize > 2 or x.shape[1] % 8:
+            return None
+        columns = projection.weights[0].shape[0] // (2 if gated else 1)
+        return self._ops.tiles_of(x.shape[0], columns, gated=gated)

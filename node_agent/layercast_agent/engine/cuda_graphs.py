@@ -15,17 +15,20 @@ from __future__ import annotations
 import logging
 import threading
 from bisect import bisect_left
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from layercast_agent.engine.attention import BatchPlan
+from layercast_agent.engine.attention import BatchPlan, Span
 from layercast_agent.engine.kv import KVCache
+from layercast_agent.engine.tables import Decodes, Pages, Tables, page_table
 
 if TYPE_CHECKING:
-    from layercast_agent.engine.cuda import CudaModel, Tables
+    from layercast_agent.engine.cuda import CudaModel
 
 log = logging.getLogger(__name__)
 
@@ -35,35 +38,49 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
-    """Fixed buffers for up to B rows: hidden [B, H]; positions, slots int64 [B]; rows, lengths int32 [B]; pages."""
+    """Fixed buffers of a graph of B rows: hidden [B, H] and all numbers, int32 and flat, so that they take one copy.
 
+    The numbers are four rows of B (position, slot, positions seen, row in the batch) and then each row's `width` pages.
+    """
+
+    size: int
+    width: int
     hidden: torch.Tensor
-    positions: torch.Tensor
-    slots: torch.Tensor
-    rows: torch.Tensor
-    lengths: torch.Tensor
-    pages: torch.Tensor
+    numbers: torch.Tensor
 
     @classmethod
     def of(cls, model: CudaModel, kv: KVCache, size: int) -> _Inputs:
         pages = min(kv.allocator.total, -(-model.shape.context_length_max // kv.page_size))
-        device = kv.device
-        return cls(
-            hidden=torch.zeros((size, model.shape.hidden_size), dtype=model.shape.dtype, device=device),
-            positions=torch.zeros(size, dtype=torch.int64, device=device),
-            slots=torch.full((size,), -1, dtype=torch.int64, device=device),
-            rows=torch.arange(size, dtype=torch.int32, device=device),
-            lengths=torch.zeros(size, dtype=torch.int32, device=device),
-            # A little wider than needed: tables come in multiples of 16.
-            pages=torch.zeros((size, -(-pages // 16) * 16), dtype=torch.int32, device=device),
+        width = -(-pages // 16) * 16  # as wide as tables come
+        numbers = _numbers(
+            [], np.zeros((0, width), dtype=np.int32), page_size=kv.page_size, size=size, width=width
         )
+        hidden = torch.zeros((size, model.shape.hidden_size), dtype=model.shape.dtype, device=kv.device)
+        return cls(size=size, width=width, hidden=hidden, numbers=numbers.to(kv.device))
 
     def tables(self) -> Tables:
         """The buffers as a batch of single tokens."""
-        from layercast_agent.engine.cuda import Decodes, Tables
+        position, slot, seen, row = self.numbers[: 4 * self.size].view(4, self.size)
+        pages = self.numbers[4 * self.size :].view(self.size, self.width)
+        decodes = Decodes(rows=row, lengths=seen, pages=pages)
+        return Tables(positions=position, slots=slot, decodes=decodes, prefills=None)
 
-        decodes = Decodes(rows=self.rows, lengths=self.lengths, pages=self.pages)
-        return Tables(positions=self.positions, slots=self.slots, decodes=decodes, prefills=None)
+    def set(self, hidden: torch.Tensor, batch: BatchPlan, pages: Pages) -> None:
+        """The next replay's batch, and spare rows that store nothing and see nothing."""
+        numbers = _numbers(batch.spans, pages, page_size=batch.kv.page_size, size=self.size, width=self.width)
+        self.numbers.copy_(numbers.pin_memory(), non_blocking=True)
+        self.hidden[: len(hidden)].copy_(hidden)
+
+
+def _numbers(spans: Sequence[Span], pages: Pages, *, page_size: int, size: int, width: int) -> torch.Tensor:
+    flat = np.zeros(size * (4 + width), dtype=np.int32)
+    four = flat[: 4 * size].reshape(4, size)
+    four[1], four[3] = -1, np.arange(size)
+    for row, span in enumerate(spans):
+        page, offset = divmod(span.start, page_size)
+        four[:3, row] = span.start, span.pages[page] * page_size + offset, span.stop
+    flat[4 * size :].reshape(size, width)[: len(spans), : pages.shape[1]] = pages
+    return torch.from_numpy(flat)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +91,7 @@ class _Captured:
 
 
 class DecodeGraphs:
-    """The graphs of one model over one KV cache, the first it is run with."""
+    """The graphs of one model over the KV cache that it is run with; another cache starts anew."""
 
     def __init__(self, model: CudaModel) -> None:
         self._model = model
@@ -96,27 +113,18 @@ class DecodeGraphs:
 
     def run(self, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor | None:
         """All layers of a batch of single tokens; None when no graph fits it, which asks for one for the next time."""
-        from layercast_agent.engine.cuda import page_table
-
         count = len(batch.spans)
         if count > BATCH_SIZES[-1] or any(span.count > 1 for span in batch.spans):
             return None
         size = BATCH_SIZES[bisect_left(BATCH_SIZES, count)]
-        found = self._captured.get(size)
-        if found is None or batch.kv is not self._kv:
+        found = self._captured.get(size) if batch.kv is self._kv else None
+        if found is None:
             self._ask_for(size, batch.kv)
             return None
-        inputs = found.inputs
-        table = torch.from_numpy(page_table(batch.spans, batch.kv.page_size))
-        if table.shape[1] > inputs.pages.shape[1]:
+        pages = page_table(batch.spans, batch.kv.page_size)
+        if pages.shape[1] > found.inputs.width:
             return None
-        inputs.hidden[:count].copy_(hidden)
-        inputs.positions[:count].copy_(batch.positions)
-        inputs.slots.fill_(-1)
-        inputs.slots[:count].copy_(batch.slots)
-        inputs.lengths.zero_()
-        inputs.lengths[:count].copy_(batch.positions + 1)
-        inputs.pages[:count, : table.shape[1]].copy_(table)
+        found.inputs.set(hidden, batch, pages)
         found.graph.replay()
         # The buffer is the next step's, too.
         return found.output[:count].clone()
@@ -127,20 +135,25 @@ class DecodeGraphs:
 
     def _ask_for(self, size: int, kv: KVCache) -> None:
         with self._lock:
-            if self._kv is None:
-                self._kv = kv
-            if size in self._asked or self._failure is not None or kv is not self._kv:
+            if kv is not self._kv:
+                self._kv, self._asked = kv, set()
+                self._captured.clear()
+            if size in self._asked or self._failure is not None:
                 return
             self._asked.add(size)
         self._thread.submit(self._capture, size, kv)
 
     def _capture(self, size: int, kv: KVCache) -> None:
         try:
-            self._captured[size] = self._captured_graph(size, kv)
+            captured = self._captured_graph(size, kv)
         except Exception as error:
             # Whatever the driver or a kernel objects to: steps go on without the graph.
             self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
             log.warning("capturing a decode graph failed", extra={"batch_size": size}, exc_info=True)
+            return
+        with self._lock:
+            if kv is self._kv:
+                self._captured[size] = captured
 
     @torch.inference_mode()
     def _captured_graph(self, size: int, kv: KVCache) -> _Captured:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from layercast_agent.device import from_host, to_host
 from layercast_agent.engine.attention import BatchPlan, Span
 from layercast_agent.engine.guidance import Guides, GuideState
 from layercast_agent.engine.kv import KVCache
@@ -214,10 +215,10 @@ class Engine:
         hidden = seq.hidden
         if hidden is None or seq.computed > 0:
             raise ValueError(f"request {seq.request_id} is not at a layer boundary")
-        parts = [hidden.flatten()]
+        parts = [hidden]
         if seq.layers_done > 0:
-            parts.append(self._kv.export_layers(seq.pages, seq.prefix_length, seq.layers_done).flatten())
-        return torch.cat([part.view(torch.uint8).cpu() for part in parts])
+            parts.append(self._kv.export_layers(seq.pages, seq.prefix_length, seq.layers_done))
+        return to_host(parts)
 
     @torch.inference_mode()
     def import_state(self, seq: Sequence, layers_done: int, data: bytes | bytearray | memoryview) -> None:
@@ -237,13 +238,12 @@ class Engine:
             )
         if seq not in self.waiting or seq.hidden is not None:
             raise ValueError(f"request {seq.request_id} does not wait here for a state")
-        # One copy: the caller's memory may be freed when this returns, and need not be writable.
-        state = torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        state = from_host(data, self.model.device)
         if layers_done > 0:
             self._scheduler.reserve(seq)
             kv = state[hidden_bytes:].view(shape.dtype)
             self._kv.import_layers(seq.pages, kv.view(layers_done, 2, length, shape.kv_heads, shape.head_dim))
-        seq.hidden = state[:hidden_bytes].view(shape.dtype).view(length, -1).to(self.model.device, copy=True)
+        seq.hidden = state[:hidden_bytes].view(shape.dtype).view(length, -1).clone()
         seq.layers_done = layers_done
 
     # Inside a step

@@ -139,7 +139,7 @@ def splits_of(spans: int, kv_heads: int, positions_max: int) -> int:
     Depends on nothing that changes from step to step, so that a captured graph may keep it.
     """
     wanted = -(-264 // (spans * kv_heads))
-    useful = -(-positions_max // 256)
+    useful = -(-positions_max // 64)
     return max(1, min(SPLITS_MAX, wanted, useful))
 
 

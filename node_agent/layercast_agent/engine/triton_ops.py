@@ -92,7 +92,7 @@ def _rope_store(
                 gain = q_norm
             low = (wide_low * scale).to(low.dtype) * tl.load(gain + at)[None, :]
             high = (wide_high * scale).to(high.dtype) * tl.load(gain + at + HALF)[None, :]
-        position = tl.load(positions + token)
+        position = tl.load(positions + token).to(tl.int64)
         c = tl.load(cos + position * HALF + at)[None, :]
         s = tl.load(sin + position * HALF + at)[None, :]
         turned_low = low.to(tl.float32) * c - high.to(tl.float32) * s
@@ -103,7 +103,7 @@ def _rope_store(
         tl.store(qkv + token * row_stride + offset, low, mask=inside)
         tl.store(qkv + token * row_stride + offset + HALF, high, mask=inside)
     else:
-        slot = tl.load(slots + token)
+        slot = tl.load(slots + token).to(tl.int64)
         # Rows that only fill a graph's batch have no slot.
         kept = inside & (slot >= 0)
         place = slot * slot_stride + head[:, None] * (2 * HALF) + at[None, :]
@@ -129,7 +129,7 @@ def rope_store(
     """Per-head norms and rotary embedding on qkv [T, (Hq + 2 Hkv) x D]; stores K and V at their slots.
 
     Queries are turned in place. `angles` are cosines and sines, float32 [positions, D / 2]; `keys` and `values` are
-    one layer of the cache, [slots, Hkv, D]; a slot below 0 stores nothing. `positions` and `slots` int64 [T].
+    one layer of the cache, [slots, Hkv, D]; a slot below 0 stores nothing. `positions` and `slots` are [T], integers.
     """
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     heads = min(8, triton.next_power_of_2(kv_heads))
@@ -228,26 +228,27 @@ Tiles = tuple[int, int, int, int]
 """(rows of the matrix a program, its columns a turn, warps, pipeline stages)."""
 
 
-def tiles_of(rows: int, columns: int, paired: bool) -> Tiles:
-    """How `skinny` cuts a matrix of that many output columns; bench/gpu.sh prints what the alternatives take."""
+def tiles_of(rows: int, columns: int, *, gated: bool) -> Tiles | None:
+    """How `skinny` cuts a matrix of that many output columns; None where cuBLAS is faster, or the rows too many.
+
+    Measured with the matrices of an 8 B model on an H200 (bench/gpu.sh products).
+    """
     if rows == 1:
-        return (4, 1024, 4, 1) if paired else (8, 1024, 4, 1)
-    if paired:
-        return (32, 128, 4, 4)
-    return (16, 256, 4, 4) if columns < 8192 else (64, 128, 4, 4)
+        return (2, 2048, 4, 1) if gated else (8, 1024, 4, 1)
+    if rows <= SKINNY_ROWS_MAX and (gated or columns >= 32768):
+        return (64, 128, 4, 4)
+    return None
 
 
-def skinny(
-    x: torch.Tensor, weight: torch.Tensor, *, gated: bool = False, tiles: Tiles | None = None
-) -> torch.Tensor:
-    """x [T, K] times weight [N, K] transposed, T at most SKINNY_ROWS_MAX, both contiguous: [T, N].
+def skinny(x: torch.Tensor, weight: torch.Tensor, tiles: Tiles, *, gated: bool = False) -> torch.Tensor:
+    """x [T, K] times weight [N, K] transposed, T at most SKINNY_ROWS_MAX, contiguous and of 16 bits: [T, N].
 
     `gated`: the weight is a gate above an up projection, the result silu(gate) * up, [T, N / 2].
     """
     rows, size = x.shape
     columns = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty((rows, columns))
-    block_n, block_k, warps, stages = tiles or tiles_of(rows, columns, gated)
+    block_n, block_k, warps, stages = tiles
     grid = (triton.cdiv(columns, block_n),)
     if rows == 1:
         _stream_row[grid](
