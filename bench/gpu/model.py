@@ -43,7 +43,7 @@ def measure(setting: Setting) -> Figures:
 
 def _matrix_parameters(model: LayeredModel) -> int:
     """Parameters of the layers' matrices, each of which costs a token two operations."""
-    return sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2)
+    return sum(p.numel() for name, p in model.named_tensors() if ".layers." in name and p.dim() == 2)
 
 
 def _prefill(setting: Setting, model: LayeredModel) -> Figures:
@@ -91,7 +91,7 @@ def _decode(setting: Setting, model: LayeredModel, size: int) -> Figures:
     took = _steps(engine, steps, setting.device)
     _profile(engine, setting, size)
     # What a step must read: all parameters but the embeddings, and the KV of every position so far.
-    parameters = sum(p.numel() for name, p in model.named_parameters() if "embed_tokens" not in name)
+    parameters = sum(p.numel() for name, p in model.named_tensors() if "embed_tokens" not in name)
     position = 2 * model.shape.kv_heads * model.shape.head_dim * model.shape.layers
     seen = length + min(steps, 10) + steps // 2
     nbytes = (parameters + size * seen * position) * model.shape.dtype.itemsize

@@ -116,7 +116,7 @@ def seconds(
 def segments_of(model: LayeredModel) -> tuple[SegmentSpec, ...]:
     """Where a packed checkpoint has the model's parameters."""
     word = {torch.float32: "F32", torch.bfloat16: "BF16"}[model.shape.dtype]
-    shapes = {name: (word, tuple(parameter.shape)) for name, parameter in model.named_parameters()}
+    shapes = {name: (word, tuple(parameter.shape)) for name, parameter in model.named_tensors()}
     return plan_segments(shapes, model.shape.layers)
 
 

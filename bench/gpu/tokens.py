@@ -115,7 +115,7 @@ def _agreement(device: torch.device, wanted: Wanted) -> float:
     judge = judge.to(device)
     model = build_model(config=SMOLLM2, shape=shape_of(SMOLLM2, "bfloat16"), device=device, wanted=wanted)
     stored = judge.state_dict()
-    _on(device, model, {name: stored[name] for name, _ in model.named_parameters()})
+    _on(device, model, {name: stored[name] for name, _ in model.named_tensors()})
     tokens = torch.randint(0, SMOLLM2["vocab_size"], (512,), device=device)
     kv = KVCache(model.shape, 33, page_size=16, device=device)
     spans = [Span(start=0, count=512, pages=kv.allocator.allocate(32))]

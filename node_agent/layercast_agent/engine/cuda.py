@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from layercast_agent.engine.architectures import ModelShape
 from layercast_agent.engine.attention import BatchPlan
-from layercast_agent.engine.fast import EMBED, LM_HEAD, NORM, FastModel, LayerWeights, Projection
+from layercast_agent.engine.fast import EMBED, LM_HEAD, NORM, FastModel, LayerWeights, Projection, Ties
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.llama import LlamaShape
 from layercast_agent.engine.tables import Tables
@@ -34,9 +34,16 @@ def triton_missing(sizes: LlamaShape) -> str | None:
 class CudaModel(FastModel):
     """A `LayeredModel` of the Llama family on a GPU. On a CPU it runs in Triton's interpreter, for tests."""
 
-    def __init__(self, *, config: Mapping[str, Any], shape: ModelShape, device: torch.device) -> None:
-        """Raises as FastModel. Needs `triton_missing` to be None."""
-        super().__init__(config=config, shape=shape, device=device)
+    def __init__(
+        self,
+        *,
+        config: Mapping[str, Any],
+        shape: ModelShape,
+        device: torch.device,
+        ranks: Ties | None = None,
+    ) -> None:
+        """As FastModel. Needs `triton_missing` to be None."""
+        super().__init__(config=config, shape=shape, device=device, ranks=ranks)
         # Imported here: without Triton this module must still say why it cannot be used.
         from layercast_agent.engine import triton_attention, triton_ops
         from layercast_agent.engine.cuda_graphs import DecodeGraphs
@@ -48,7 +55,8 @@ class CudaModel(FastModel):
         positions = torch.arange(shape.context_length_max, device=device, dtype=torch.float32)
         angles = positions[:, None] * self._frequencies
         self._cos, self._sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
-        self._graphs = DecodeGraphs(self) if device.type == "cuda" else None
+        # Several ranks would have to capture together: their steps stay eager.
+        self._graphs = DecodeGraphs(self) if device.type == "cuda" and ranks is None else None
         self._preparation = Preparation(self.sizes, shape.dtype, device) if device.type == "cuda" else None
 
     @property
@@ -83,9 +91,9 @@ class CudaModel(FastModel):
             else:
                 normed = ops.add_rms_norm(delta, residual, weights.input_norm, eps)
             attended = self._attention_of(layer, normed, weights, kv, tables)
-            delta = self._linear(attended, weights.output)
+            delta = self._total(self._linear(attended, weights.output))
             normed = ops.add_rms_norm(delta, residual, weights.post_norm, eps)
-            delta = self._linear(self._gated(normed, weights.gate_up), weights.down)
+            delta = self._total(self._linear(self._gated(normed, weights.gate_up), weights.down))
         return residual if delta is None else residual.add_(delta)
 
     @torch.inference_mode()
@@ -96,7 +104,7 @@ class CudaModel(FastModel):
             self._require(0)
         normed = self._ops.rms_norm(hidden.contiguous(), self._parameters[NORM], self.sizes.norm_eps)
         head = self._parameters[EMBED if self.sizes.tied else LM_HEAD]
-        return self._linear(normed, Projection(weights=(head,), biases=())).float()
+        return self._gathered(self._linear(normed, Projection(weights=(head,), biases=()))).float()
 
     def _attention_of(
         self, layer: int, normed: torch.Tensor, weights: LayerWeights, kv: KVCache, tables: Tables

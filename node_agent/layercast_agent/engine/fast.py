@@ -18,6 +18,7 @@ from layercast_agent.engine.architectures import ModelShape, transformers_config
 from layercast_agent.engine.attention import AttentionKernel, BatchPlan, Scoring, attention_for
 from layercast_agent.errors import AgentError, CheckpointError, UnsupportedArchitectureError
 from layercast_agent.layout import segment_index
+from layercast_agent.tensor_parallel import Split, part_of, span_of
 
 EMBED = "model.embed_tokens.weight"
 NORM = "model.norm.weight"
@@ -126,6 +127,20 @@ def kernels_for(device: torch.device) -> LayerKernels:
     return TorchKernels()
 
 
+class Ties(Protocol):
+    """What one rank of several does together with the others, all of them in the same order."""
+
+    @property
+    def split(self) -> Split:
+        """Which share this rank has."""
+
+    def total(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum of all ranks' tensors, in place."""
+
+    def side_by_side(self, part: torch.Tensor, size: int) -> torch.Tensor:
+        """All ranks' columns [N, share of size] as [N, size]."""
+
+
 class FastModel:
     """A `LayeredModel` of the Llama family."""
 
@@ -137,22 +152,29 @@ class FastModel:
         device: torch.device,
         kernels: LayerKernels | None = None,
         attention: AttentionKernel | None = None,
+        ranks: Ties | None = None,
     ) -> None:
-        """Raises as `shape_of`, and UnsupportedArchitectureError. `shape` comes from there."""
+        """Raises as `shape_of`, and UnsupportedArchitectureError. `shape` comes from there.
+
+        With `ranks` it is one rank's share of the model: its parameters are the parts that `tensor_parallel` deals.
+        """
         parsed = transformers_config(config)
         sizes = llama.read(parsed)
         if isinstance(sizes, str):
             raise UnsupportedArchitectureError(f"the fast block cannot run it: {sizes}", file="config.json")
         self.shape = shape
         self.device = device
-        self.sizes = sizes
+        self.sizes = sizes if ranks is None else sizes.share(ranks.split)
+        self._ranks = ranks
         self._kernels = kernels or kernels_for(device)
         self._attention = attention or attention_for(device)
         self._frequencies, self._rotary_scale = _rotary(parsed, device)
         self._scorings = [Scoring(scale=sizes.scale, window=window) for window in sizes.windows]
         self._parameters: dict[str, torch.Tensor] = {}
         self._missing: list[dict[str, tuple[int, ...]]] = [{} for _ in range(shape.layers + 2)]
-        for name, size in sizes.shapes().items():
+        for name, whole in sizes.shapes().items():
+            part = None if ranks is None else part_of(name, whole, ranks.split)
+            size = whole if part is None else part.shape(whole)
             self._missing[segment_index(name, shape.layers)][name] = size
         self._expected = [dict(missing) for missing in self._missing]
         self._layers: list[LayerWeights | None] = [None] * shape.layers
@@ -205,7 +227,13 @@ class FastModel:
     def embed(self, token_ids: torch.Tensor) -> torch.Tensor:
         """As LayeredModel."""
         self._require(0)
-        return functional.embedding(token_ids, self._parameters[EMBED])
+        table = self._parameters[EMBED]
+        if self._ranks is None:
+            return functional.embedding(token_ids, table)
+        first, last = span_of(self.shape.vocab_size, self._ranks.split.rank, self._ranks.split.ranks)
+        mine = (token_ids >= first) & (token_ids < last)
+        rows = functional.embedding((token_ids - first).clamp(0, last - first - 1), table)
+        return self._ranks.total(rows.masked_fill_(~mine[:, None], 0))
 
     @torch.inference_mode()
     def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
@@ -224,7 +252,15 @@ class FastModel:
             self._require(0)
         head = Projection(weights=(self._parameters[EMBED if self.sizes.tied else LM_HEAD],), biases=())
         normed = self._kernels.norm(hidden, self._parameters[NORM], self.sizes.norm_eps)
-        return self._kernels.linear(normed, head).float()
+        return self._gathered(self._kernels.linear(normed, head)).float()
+
+    def _total(self, partial: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks of a product whose inputs are shared among them."""
+        return partial if self._ranks is None else self._ranks.total(partial)
+
+    def _gathered(self, logits: torch.Tensor) -> torch.Tensor:
+        """The whole vocabulary's logits from this rank's."""
+        return logits if self._ranks is None else self._ranks.side_by_side(logits, self.shape.vocab_size)
 
     def _run_layer(
         self, layer: int, hidden: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, batch: BatchPlan
@@ -238,10 +274,10 @@ class FastModel:
             key = kernels.norm(key, weights.key_norm, sizes.norm_eps)
         query, key = kernels.rotate(query, cos, sin), kernels.rotate(key, cos, sin)
         attended = self._attention(query, key, value, batch=batch, layer=layer, scoring=self._scorings[layer])
-        delta = kernels.linear(attended.flatten(1), weights.output)
+        delta = self._total(kernels.linear(attended.flatten(1), weights.output))
         hidden, normed = kernels.add_norm(delta, hidden, weights.post_norm, sizes.norm_eps)
         inner = kernels.silu_mul(kernels.linear(normed, weights.gate_up))
-        return hidden + kernels.linear(inner, weights.down)
+        return hidden + self._total(kernels.linear(inner, weights.down))
 
     def _weights(self, layer: int) -> LayerWeights:
         found = self._layers[layer]
@@ -250,11 +286,13 @@ class FastModel:
         self._require(layer + 1)
         prefix = f"model.layers.{layer}."
         mine = {name.removeprefix(prefix): self._parameters[name] for name in self._expected[layer + 1]}
+        # The biases of what is summed over ranks are whole on each of them and count once.
+        once = mine if self._ranks is None or self._ranks.split.rank == 0 else _without_biases(mine)
         weights = LayerWeights(
             qkv=Projection.of(mine, QKV),
-            output=Projection.of(mine, ("self_attn.o_proj",)),
+            output=Projection.of(once, ("self_attn.o_proj",)),
             gate_up=Projection.of(mine, GATE_UP),
-            down=Projection.of(mine, ("mlp.down_proj",)),
+            down=Projection.of(once, ("mlp.down_proj",)),
             input_norm=mine["input_layernorm.weight"],
             post_norm=mine["post_attention_layernorm.weight"],
             query_norm=mine.get("self_attn.q_norm.weight"),
@@ -278,6 +316,10 @@ class FastModel:
         if segment < 0 or name not in self._expected[segment]:
             raise CheckpointError("the model has no such parameter", tensor=name)
         return segment
+
+
+def _without_biases(parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
+    return {name: tensor for name, tensor in parameters.items() if not name.endswith(".bias")}
 
 
 def _stacked(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:

@@ -6,8 +6,10 @@ sliding windows. Whatever has a switch that is not here is left to the generic b
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from layercast_agent.tensor_parallel import Split, span_of
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """`model_type`s that are tested against transformers, token by token."""
@@ -71,6 +73,14 @@ class LlamaShape:
         if not self.tied:
             shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
         return shapes
+
+    def share(self, split: Split) -> LlamaShape:
+        """The sizes of one rank's share; hidden and vocabulary stay the model's."""
+        heads, kv_heads = span_of(self.heads, split.rank, split.ranks), split.kv_heads_held
+        inner = span_of(self.inner, split.rank, split.ranks)
+        return replace(
+            self, heads=heads[1] - heads[0], kv_heads=kv_heads[1] - kv_heads[0], inner=inner[1] - inner[0]
+        )
 
     def _biased(self, matrix: str) -> bool:
         if matrix.startswith("mlp."):

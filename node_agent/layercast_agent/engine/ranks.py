@@ -67,7 +67,9 @@ class Ranks:
 
     def side_by_side(self, part: torch.Tensor, size: int) -> torch.Tensor:
         """All ranks' columns [N, share of size] as [N, size]; shares as `span_of` deals them."""
-        widths = [last - first for first, last in (self._span(size, rank) for rank in range(self.split.ranks))]
+        widths = [
+            last - first for first, last in (self._span(size, rank) for rank in range(self.split.ranks))
+        ]
         # Collectives want equal shapes, and shares may differ by one column.
         padded = torch.nn.functional.pad(part, (0, max(widths) - part.shape[1])).contiguous()
         parts = self._everyone(padded)
@@ -151,9 +153,13 @@ class Leader:
         """As LayeredModel."""
         return f"{self._model.block}, {self._ranks.split.ranks} ranks"
 
-    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+    def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """As LayeredModel; the shapes are those of this rank's parts."""
-        return self._model.named_parameters()
+        return self._model.named_tensors()
+
+    def check(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """As LayeredModel, this rank's parts."""
+        self._model.check(shapes)
 
     def attach(self, tensors: Mapping[str, torch.Tensor]) -> None:
         """As LayeredModel, this rank's parts. The followers attach theirs themselves."""
@@ -166,7 +172,11 @@ class Leader:
 
     def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
         """As LayeredModel."""
-        spans = [number for span in batch.spans for number in (span.start, span.count, len(span.pages), *span.pages)]
+        spans = [
+            number
+            for span in batch.spans
+            for number in (span.start, span.count, len(span.pages), *span.pages)
+        ]
         self._ranks.tell(Command.RUN, [first, last, len(hidden), *spans])
         return self._model.run_layers(first, last, self._ranks.leaders(hidden.contiguous()), batch)
 
