@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from bench.gpu.part import Figures, Setting, main, seconds
@@ -59,7 +60,46 @@ def measure(setting: Setting) -> Figures:
                     )
                 )
             print(f"{name:8s} {count:3d} rows: " + "  ".join(line), flush=True)
+    _attention(ceiling)
     return {"products": "see the log"}
+
+
+def _attention(ceiling: float) -> None:
+    """Decode attention of an 8 B model's layer: 32 query heads, 8 KV heads of 128, by tiles and splits."""
+    from layercast_agent.engine.triton_attention import decode_attention
+
+    for spans, length in ((1, 640), (32, 640), (32, 2048)):
+        pages = -(-length // 16)
+        table = torch.randperm(spans * pages, device="cuda", dtype=torch.int32).view(spans, pages)
+        caches = [
+            torch.randn(2, spans * pages * 16, 8, 128, device="cuda", dtype=torch.bfloat16) for _ in range(4)
+        ]
+        q = torch.randn(spans, 6144, device="cuda", dtype=torch.bfloat16)
+        rows = torch.arange(spans, device="cuda", dtype=torch.int32)
+        lengths = torch.full_like(rows, length)
+        out = q.new_empty((spans, 4096))
+        common = {"rows": rows, "lengths": lengths, "pages": table, "out": out, "page_size": 16, "scale": 0.1}
+        line = []
+        for tiles in (
+            (64, 4, 3),
+            (32, 4, 4),
+            (64, 4, 4),
+            (64, 8, 3),
+            (128, 4, 2),
+            (128, 8, 3),
+            (32, 2, 4),
+            (64, 2, 3),
+        ):
+            for splits in (8, 16, 32) if spans == 1 else (1, 2, 4, 8):
+                run = partial(_attend, decode_attention, q, common | {"splits": splits, "tiles": tiles})
+                line.append(f"{tiles}/{splits} {_share(run, caches, ceiling, spans * length * 4096):.2f}")
+        print(f"attention of {spans} x {length}: " + "  ".join(line), flush=True)
+
+
+def _attend(
+    decode: Callable[..., None], q: torch.Tensor, options: dict[str, Any], cache: torch.Tensor
+) -> None:
+    decode(q, cache[0], cache[1], **options)
 
 
 def _plain(x: torch.Tensor, gated: bool) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -90,7 +130,10 @@ def _try(
 
 
 def _share(
-    function: Callable[[torch.Tensor], torch.Tensor], weights: list[torch.Tensor], ceiling: float
+    function: Callable[[torch.Tensor], object],
+    weights: list[torch.Tensor],
+    ceiling: float,
+    nbytes: int | None = None,
 ) -> float:
     function(weights[0])
     torch.cuda.synchronize()
@@ -98,7 +141,12 @@ def _share(
     with torch.cuda.graph(graph):
         for turn in range(TURNS):
             function(weights[turn % len(weights)])
-    return TURNS * weights[0].nbytes / seconds(graph.replay, torch.device("cuda"), repeat=5, warm=1) / ceiling
+    return (
+        TURNS
+        * (nbytes or weights[0].nbytes)
+        / seconds(graph.replay, torch.device("cuda"), repeat=5, warm=1)
+        / ceiling
+    )
 
 
 if __name__ == "__main__":

@@ -83,24 +83,35 @@ class _Reading:
 class BatchPlan:
     """Where the T tokens of a batch belong: made by `of`, valid for one step.
 
-    `positions` [T] and `slots` [T] are int64 on the device.
+    Its tensors are made when they are first asked for, once: a captured graph needs none of them.
     """
 
     kv: KVCache
     spans: Sequence[Span]
-    positions: torch.Tensor
-    slots: torch.Tensor
     _readings: dict[int | None, list[_Reading]] = field(default_factory=dict)
     _made: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, kv: KVCache, spans: Sequence[Span]) -> BatchPlan:
         """The plan of a batch whose tokens are those of the spans, in order."""
+        return cls(kv=kv, spans=spans)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Position of each token in its request, int64 [T] on the device."""
+        return self._places[0]
+
+    @property
+    def slots(self) -> torch.Tensor:
+        """Where each token's KV is stored, int64 [T] on the device."""
+        return self._places[1]
+
+    @cached_property
+    def _places(self) -> torch.Tensor:
         # Plain lists: a tensor operation a request would cost a decoding batch more than a layer does.
-        positions = [position for span in spans for position in range(span.start, span.stop)]
-        slots = [slot for span in spans for slot in span.slots(kv.page_size)]
-        both = to_device(torch.tensor([positions, slots], dtype=torch.int64), kv.device)
-        return cls(kv=kv, spans=spans, positions=both[0], slots=both[1])
+        positions = [position for span in self.spans for position in range(span.start, span.stop)]
+        slots = [slot for span in self.spans for slot in span.slots(self.kv.page_size)]
+        return to_device(torch.tensor([positions, slots], dtype=torch.int64), self.kv.device)
 
     @cached_property
     def tables(self) -> PageTables:

@@ -64,11 +64,16 @@ class CudaModel(FastModel):
         """Which implementation runs and with what."""
         return "fast/triton" + (f", {self._graphs.state}" if self._graphs else "")
 
+    def prepare(self) -> None:
+        """Returns when every kernel is compiled; without it the first batches of each kind wait for theirs."""
+        if self._preparation is not None:
+            self._preparation.wait(few=True)
+
     @torch.inference_mode()
     def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
         """As LayeredModel."""
         if self._preparation is not None:
-            self._preparation.wait()
+            self._preparation.wait(few=len(hidden) <= self._ops.SKINNY_ROWS_MAX)
         if self._graphs is not None and (first, last) == (0, self.shape.layers):
             replayed = self._graphs.run(hidden, batch)
             if replayed is not None:

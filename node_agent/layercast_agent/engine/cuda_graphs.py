@@ -25,7 +25,7 @@ import torch
 
 from layercast_agent.engine.attention import BatchPlan, Span
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.tables import Decodes, Pages, Tables, page_table
+from layercast_agent.engine.tables import Decodes, Tables
 
 if TYPE_CHECKING:
     from layercast_agent.engine.cuda import CudaModel
@@ -36,51 +36,55 @@ BATCH_SIZES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Sizes that get a graph; larger batches are bound by what they compute, not by their launches."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
 class _Inputs:
     """Fixed buffers of a graph of B rows: hidden [B, H] and all numbers, int32 and flat, so that they take one copy.
 
     The numbers are four rows of B (position, slot, positions seen, row in the batch) and then each row's `width` pages.
+    Spare rows store nothing (slot -1) and see nothing.
     """
 
-    size: int
-    width: int
-    hidden: torch.Tensor
-    numbers: torch.Tensor
-
-    @classmethod
-    def of(cls, model: CudaModel, kv: KVCache, size: int) -> _Inputs:
+    def __init__(self, model: CudaModel, kv: KVCache, size: int) -> None:
         pages = min(kv.allocator.total, -(-model.shape.context_length_max // kv.page_size))
-        width = -(-pages // 16) * 16  # as wide as tables come
-        numbers = _numbers(
-            [], np.zeros((0, width), dtype=np.int32), page_size=kv.page_size, size=size, width=width
-        )
-        hidden = torch.zeros((size, model.shape.hidden_size), dtype=model.shape.dtype, device=kv.device)
-        return cls(size=size, width=width, hidden=hidden, numbers=numbers.to(kv.device))
+        self.width = -(-pages // 16) * 16
+        self._size = size
+        self._page_size = kv.page_size
+        self.hidden = torch.zeros((size, model.shape.hidden_size), dtype=model.shape.dtype, device=kv.device)
+        host = torch.zeros(size * (4 + self.width), dtype=torch.int32, pin_memory=kv.device.type == "cuda")
+        self._numbers = host.to(kv.device)
+        self._host, flat = host, host.numpy()
+        self._four = flat[: 4 * size].reshape(4, size)
+        self._four[3] = np.arange(size)
+        self._pages = flat[4 * size :].reshape(size, self.width)
+        self._held: list[list[int]] = [[] for _ in range(size)]
+        self._sent: Any = torch.cuda.Event() if kv.device.type == "cuda" else None  # type: ignore[no-untyped-call]
+        self.set(())
 
     def tables(self) -> Tables:
         """The buffers as a batch of single tokens."""
-        position, slot, seen, row = self.numbers[: 4 * self.size].view(4, self.size)
-        pages = self.numbers[4 * self.size :].view(self.size, self.width)
+        position, slot, seen, row = self._numbers[: 4 * self._size].view(4, self._size)
+        pages = self._numbers[4 * self._size :].view(self._size, self.width)
         decodes = Decodes(rows=row, lengths=seen, pages=pages)
         return Tables(positions=position, slots=slot, decodes=decodes, prefills=None)
 
-    def set(self, hidden: torch.Tensor, batch: BatchPlan, pages: Pages) -> None:
-        """The next replay's batch, and spare rows that store nothing and see nothing."""
-        numbers = _numbers(batch.spans, pages, page_size=batch.kv.page_size, size=self.size, width=self.width)
-        self.numbers.copy_(numbers.pin_memory(), non_blocking=True)
-        self.hidden[: len(hidden)].copy_(hidden)
-
-
-def _numbers(spans: Sequence[Span], pages: Pages, *, page_size: int, size: int, width: int) -> torch.Tensor:
-    flat = np.zeros(size * (4 + width), dtype=np.int32)
-    four = flat[: 4 * size].reshape(4, size)
-    four[1], four[3] = -1, np.arange(size)
-    for row, span in enumerate(spans):
-        page, offset = divmod(span.start, page_size)
-        four[:3, row] = span.start, span.pages[page] * page_size + offset, span.stop
-    flat[4 * size :].reshape(size, width)[: len(spans), : pages.shape[1]] = pages
-    return torch.from_numpy(flat)
+    def set(self, spans: Sequence[Span]) -> None:
+        """The numbers of the next replay's batch; returns before they are there."""
+        if self._sent is not None:
+            self._sent.synchronize()  # the host's copy may still be on its way
+        count, page_size = len(spans), self._page_size
+        self._four[1:3] = ((-1,), (0,))
+        self._four[0, :count] = [span.start for span in spans]
+        self._four[1, :count] = [
+            span.pages[span.start // page_size] * page_size + span.start % page_size for span in spans
+        ]
+        self._four[2, :count] = [span.stop for span in spans]
+        for row, span in enumerate(spans):
+            # Most steps change no page: comparing lists is far cheaper than converting them.
+            if self._held[row] != span.pages:
+                self._held[row] = list(span.pages)
+                self._pages[row, : len(span.pages)] = span.pages
+        self._numbers.copy_(self._host, non_blocking=True)
+        if self._sent is not None:
+            self._sent.record()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,7 +106,7 @@ class DecodeGraphs:
         self._lock = threading.Lock()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="capture")
         self._stream: Any = None
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool: Any = None
 
     @property
     def state(self) -> str:
@@ -121,10 +125,10 @@ class DecodeGraphs:
         if found is None:
             self._ask_for(size, batch.kv)
             return None
-        pages = page_table(batch.spans, batch.kv.page_size)
-        if pages.shape[1] > found.inputs.width:
+        if any(len(span.pages) > found.inputs.width for span in batch.spans):
             return None
-        found.inputs.set(hidden, batch, pages)
+        found.inputs.set(batch.spans)
+        found.inputs.hidden[:count].copy_(hidden)
         found.graph.replay()
         # The buffer is the next step's, too.
         return found.output[:count].clone()
@@ -136,16 +140,17 @@ class DecodeGraphs:
     def _ask_for(self, size: int, kv: KVCache) -> None:
         with self._lock:
             if kv is not self._kv:
-                self._kv, self._asked = kv, set()
+                # Nobody may capture into a pool whose last graph is gone.
+                self._kv, self._asked, self._pool = kv, set(), torch.cuda.graph_pool_handle()
                 self._captured.clear()
             if size in self._asked or self._failure is not None:
                 return
             self._asked.add(size)
-        self._thread.submit(self._capture, size, kv)
+        self._thread.submit(self._capture, size, kv, self._pool)
 
-    def _capture(self, size: int, kv: KVCache) -> None:
+    def _capture(self, size: int, kv: KVCache, pool: Any) -> None:
         try:
-            captured = self._captured_graph(size, kv)
+            captured = self._captured_graph(size, kv, pool)
         except Exception as error:
             # Whatever the driver or a kernel objects to: steps go on without the graph.
             self._failure = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -156,20 +161,19 @@ class DecodeGraphs:
                 self._captured[size] = captured
 
     @torch.inference_mode()
-    def _captured_graph(self, size: int, kv: KVCache) -> _Captured:
+    def _captured_graph(self, size: int, kv: KVCache, pool: Any) -> _Captured:
         if self._stream is None:
             self._stream = torch.cuda.Stream(kv.device)  # type: ignore[no-untyped-call]
         model, layers = self._model, self._model.shape.layers
         with torch.cuda.stream(self._stream):
-            inputs = _Inputs.of(model, kv, size)
+            inputs = _Inputs(model, kv, size)
             # Once outside the graph: compiles and loads kernels, allocates cuBLAS's workspace. It stores nothing.
             model.execute(0, layers, inputs.hidden, kv, inputs.tables())
             self._stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 output = model.execute(0, layers, inputs.hidden, kv, inputs.tables())
             finally:
                 graph.capture_end()
-            self._pool = graph.pool()
         return _Captured(graph=graph, inputs=inputs, output=output)

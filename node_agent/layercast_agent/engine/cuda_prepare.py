@@ -19,37 +19,41 @@ BATCHES = (1, 2, 32, 64)
 
 
 class Preparation:
-    """A thread that launches every kernel once. `wait` raises what went wrong there."""
+    """A thread that launches every kernel once: first those that prompts need, then those for few rows."""
 
     def __init__(
         self, sizes: LlamaShape, dtype: torch.dtype, device: torch.device, page_size: int = PAGE_SIZE
     ) -> None:
-        self._arguments = (sizes, dtype, device, page_size)
+        self._arguments = (sizes, dtype, device)
+        self._page_size = page_size
         self._failure: Exception | None = None
-        self._thread: threading.Thread | None = threading.Thread(
-            target=self._run, name="kernels", daemon=True
-        )
-        self._thread.start()
+        self._for_prompts, self._for_all = threading.Event(), threading.Event()
+        threading.Thread(target=self._run, name="kernels", daemon=True).start()
 
-    def wait(self) -> None:
-        """Returns once the kernels are there."""
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+    def wait(self, *, few: bool) -> None:
+        """Returns once the kernels of a batch of few rows, or of many, are there. Raises what went wrong with them."""
+        (self._for_all if few else self._for_prompts).wait()
         if self._failure is not None:
             raise self._failure
 
     def _run(self) -> None:
         try:
             with torch.inference_mode():
-                launch_all(*self._arguments)
+                launch_for_prompts(*self._arguments, page_size=self._page_size)
+                self._for_prompts.set()
+                launch_for_few(*self._arguments)
         except Exception as error:
             # Told to whoever needs the kernels, on its own thread.
             self._failure = error
+        finally:
+            self._for_prompts.set()
+            self._for_all.set()
 
 
-def launch_all(sizes: LlamaShape, dtype: torch.dtype, device: torch.device, page_size: int) -> None:
-    """Each kernel once, as `cuda.CudaModel.execute` launches it."""
+def launch_for_prompts(
+    sizes: LlamaShape, dtype: torch.dtype, device: torch.device, *, page_size: int
+) -> None:
+    """Each kernel once, as `cuda.CudaModel.execute` launches it, but those that stream matrices."""
     from layercast_agent.engine import triton_ops as ops
 
     row = torch.ones((2, sizes.hidden_size), dtype=dtype, device=device)
@@ -57,6 +61,12 @@ def launch_all(sizes: LlamaShape, dtype: torch.dtype, device: torch.device, page
     ops.add_rms_norm(row, row.clone(), row[0], sizes.norm_eps)
     ops.silu_mul(torch.ones((2, 2 * sizes.inner), dtype=dtype, device=device))
     _attention(sizes, dtype, device, page_size)
+
+
+def launch_for_few(sizes: LlamaShape, dtype: torch.dtype, device: torch.device) -> None:
+    """The products of few rows."""
+    from layercast_agent.engine import triton_ops as ops
+
     if dtype.itemsize > 2:
         return
     for batch in BATCHES:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from layercast_agent.device import from_host, to_host
-from layercast_agent.engine.attention import BatchPlan, Span
+from layercast_agent.engine.attention import BatchPlan, Span, to_device
 from layercast_agent.engine.guidance import Guides, GuideState
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import LayeredModel
@@ -174,7 +174,10 @@ class Engine:
             self._count_prefill(work)
             self._scheduler.advance(work)
         if complete:
-            logits = self.model.logits(hidden[self._last_rows(works)])
+            rows = self._last_rows(works)
+            if len(rows) < len(hidden):
+                hidden = hidden[to_device(torch.tensor(rows), self.model.device)]
+            logits = self.model.logits(hidden)
             draws = [self._draw(work.seq) for work in complete]
             choices = sample(logits, draws)
             events += [self._accept(work.seq, choice) for work, choice in zip(complete, choices, strict=True)]
@@ -256,7 +259,8 @@ class Engine:
         for first, last in zip(joins, [*joins[1:], self._layers], strict=True):
             joining = [work for work in works if work.first_layer == first]
             batch += joining
-            hidden = torch.cat([*parts, *self._inputs(joining)])
+            parts += self._inputs(joining)
+            hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
             if first < last:
                 hidden = self.model.run_layers(first, last, hidden, BatchPlan.of(self._kv, _spans(batch)))
             parts = [hidden]
@@ -270,7 +274,7 @@ class Engine:
 
     def _token_ids(self, parts: Ordered[Ordered[int]]) -> torch.Tensor:
         tokens = [token for part in parts for token in part]
-        return torch.tensor(tokens, dtype=torch.int64).to(self.model.device)
+        return to_device(torch.tensor(tokens, dtype=torch.int64), self.model.device)
 
     def _last_rows(self, works: Ordered[Work]) -> list[int]:
         rows: list[int] = []

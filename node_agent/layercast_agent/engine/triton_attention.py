@@ -108,24 +108,26 @@ def decode_attention(
     scale: float,
     window: int | None = None,
     splits: int | None = None,
+    tiles: tuple[int, int, int] | None = None,
 ) -> None:
     """Attention of spans of one token.
 
     q [T, >= Hq x D] with heads side by side; span i is row `rows[i]`, sees `lengths[i]` positions (0: padding) through
     `pages[i]`; `keys` and `values` [slots, Hkv, D] are one layer of the cache. Writes out [T, Hq x D] at those rows.
-    Tables are int32.
+    Tables are int32. `tiles`: positions a turn, warps, pipeline stages.
     """
     spans = rows.shape[0]
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     splits = splits or splits_of(spans, kv_heads, pages.shape[1] * page_size)
+    block, warps, stages = tiles or ((64, 4, 3) if q.element_size() == 2 else (16, 4, 3))
     partial = q.new_empty((spans * kv_heads * group * splits, head_dim), dtype=torch.float32)
     weights = q.new_empty((spans * kv_heads * group * splits,), dtype=torch.float32)
     _decode[(spans, kv_heads, splits)](
         q, keys, values, rows, lengths, pages, partial, weights, scale,
         q.stride(0), keys.stride(0), pages.stride(0), splits,
         GROUP=group, BLOCK_G=max(16, triton.next_power_of_2(group)), D=head_dim, PAGE=page_size,
-        BLOCK=64 if q.element_size() == 2 else 16, WINDOW=window or 0, num_warps=4, num_stages=3,
+        BLOCK=block, WINDOW=window or 0, num_warps=warps, num_stages=stages,
     )  # fmt: skip
     _merge[(spans, kv_heads * group)](
         partial, weights, rows, out, out.stride(0), splits,
