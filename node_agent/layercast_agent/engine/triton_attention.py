@@ -120,7 +120,7 @@ def decode_attention(
     kv_heads, head_dim = keys.shape[1], keys.shape[2]
     group = out.shape[1] // head_dim // kv_heads
     splits = splits or splits_of(spans, kv_heads, pages.shape[1] * page_size)
-    block, warps, stages = tiles or ((64, 4, 3) if q.element_size() == 2 else (16, 4, 3))
+    block, warps, stages = tiles or ((64, 2, 3) if q.element_size() == 2 else (16, 4, 3))
     partial = q.new_empty((spans * kv_heads * group * splits, head_dim), dtype=torch.float32)
     weights = q.new_empty((spans * kv_heads * group * splits,), dtype=torch.float32)
     _decode[(spans, kv_heads, splits)](
