@@ -8,7 +8,15 @@ from layercast_cli import words
 from layercast_cli.errors import CliError
 from layercast_cli.modelfile import read_service
 from layercast_cli.state import StateDir
-from layercast_cli.status import Condition, ReplicaStatus, Scale, ScaleReplica, ServiceStatus, read_status
+from layercast_cli.status import (
+    Condition,
+    HostCopy,
+    ReplicaStatus,
+    Scale,
+    ScaleReplica,
+    ServiceStatus,
+    read_status,
+)
 
 
 def explain(state: StateDir, *, name: str) -> str:
@@ -27,6 +35,7 @@ def explanation(status: ServiceStatus, *, now: float) -> str:
     if status.recommendation:
         parts += ["", f"Recommendation: {status.recommendation}"]
     parts += _replicas(status)
+    parts += _host_copies(status)
     return "\n".join(parts)
 
 
@@ -83,6 +92,26 @@ def _replicas(status: ServiceStatus) -> list[str]:
     if not status.replicas:
         return []
     return ["", "Replicas", *(f"  {_replica(each)}" for each in status.replicas)]
+
+
+def _host_copies(status: ServiceStatus) -> list[str]:
+    if not status.host_copies:
+        return []
+    return ["", "Copies in host memory", *(f"  {host_copy(each)}" for each in status.host_copies)]
+
+
+def host_copy(copy: HostCopy) -> str:
+    """`node-1: complete, 134 MB`, or how far it is and from whom."""
+    size = f"{copy.total_bytes / 1e6:.0f} MB"
+    if copy.error:
+        return f"{copy.node}: {copy.state.lower()}, {size}, error: {copy.error}"
+    if copy.complete:
+        return f"{copy.node}: complete, {size}"
+    share = 100 * copy.done_bytes // max(copy.total_bytes, 1)
+    source = (
+        f" from {copy.source} at {words.gigabytes_per_s(copy.bytes_per_s)}" if copy.source else ", at rest"
+    )
+    return f"{copy.node}: {copy.state.lower()}, {share} % of {size}{source}"
 
 
 def _replica(replica: ReplicaStatus) -> str:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from layercast_cli import words
 from layercast_cli.errors import CliError
+from layercast_cli.explain import host_copy
 from layercast_cli.gateway_metrics import GatewayMetrics, fetch_metrics, histogram_quantile
 from layercast_cli.modelfile import names, read_service, unknown_name
 from layercast_cli.state import StateDir
@@ -93,6 +94,9 @@ def wide(services: Sequence[Service]) -> str:
         if replicas:
             parts.append(words.table(WIDE_HEADER, [_replica_row(each) for each in replicas]))
         parts.extend(f"{each.replica_id}: {each.error}" for each in replicas if each.error)
+        copies = service.status.host_copies if service.status is not None else ()
+        if copies:
+            parts.append("\n".join(f"{service.name} in host memory of {host_copy(each)}" for each in copies))
     return "\n\n".join(parts)
 
 

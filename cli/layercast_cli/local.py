@@ -25,7 +25,13 @@ from layercast_cli.errors import ClusterError, UsageError
 from layercast_cli.modelfile import read_service, write_service
 from layercast_cli.ports import check_free, free_ports
 from layercast_cli.programs import LOOPBACK, ClusterLayout, ClusterSettings, NodeLayout, layercast_programs
-from layercast_cli.shares import available_memory_bytes, device_memory_bytes, plan_cpus, usable_cores
+from layercast_cli.shares import (
+    available_memory_bytes,
+    device_memory_bytes,
+    host_pool_bytes,
+    plan_cpus,
+    usable_cores,
+)
 from layercast_cli.state import StateDir, write_atomic
 from layercast_cli.status import ServiceStatus, read_status
 from layercast_cli.supervise import Backoff, Program, Supervisor
@@ -214,6 +220,9 @@ class LocalCluster:
                 operator_metrics_address=f"{LOOPBACK}:{next(free)}",
                 device_memory_bytes=settings.device_memory_bytes
                 or device_memory_bytes(available_memory_bytes(), settings.agents),
+                host_pool_bytes=host_pool_bytes(available_memory_bytes(), settings.agents)
+                if settings.host_pool_bytes is None
+                else settings.host_pool_bytes,
             )
 
     def _write_files(self, layout: ClusterLayout) -> None:

@@ -17,7 +17,7 @@ from layercast_cli.state import StateDir
 from layercast_cli.supervise import Program
 
 LOOPBACK = "127.0.0.1"
-POLICIES = ("live", "stop-the-world")
+POLICIES = ("live", "stop-the-world", "host-cache", "ttl-cache")
 # Sources are not the current folder, and logs appear line by line.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 
@@ -27,8 +27,8 @@ class ClusterSettings:
     """What a local cluster shall be like.
 
     `services` are checked ModelService documents. `policy` empty leaves each ModelService its own. `port` 0
-    takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited. `cpu_share` and
-    `device_memory_bytes` None share out what the machine has. `gateway_flags` are appended to the
+    takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited. `cpu_share`,
+    `device_memory_bytes` and `host_pool_bytes` None share out what the machine has. `gateway_flags` are appended to the
     gateway's. `fresh` forgets the checkpoints that an earlier cluster on this folder packed: its nodes begin with
     empty disks.
     """
@@ -43,6 +43,7 @@ class ClusterSettings:
     cpu_share: float | None = None
     devices: str = "cpu:1"
     device_memory_bytes: int | None = None
+    host_pool_bytes: int | None = None
     gateway_flags: tuple[str, ...] = ()
     fresh: bool = False
 
@@ -70,6 +71,7 @@ class ClusterLayout:
     operator_address: str
     operator_metrics_address: str
     device_memory_bytes: int
+    host_pool_bytes: int = 0
     environment: Mapping[str, str] = field(default_factory=lambda: dict(ENVIRONMENT))
 
 
@@ -98,6 +100,7 @@ def agent_flags(layout: ClusterLayout, node: NodeLayout) -> tuple[str, ...]:
         ),
         *("--metrics-listen", node.metrics_address, "--leaf", "local"),
         *("--store-dir", str(folder / "store"), "--run-dir", str(folder / "run")),
+        *("--host-pool-bytes", str(layout.host_pool_bytes)),
         *("--devices", layout.settings.devices, "--device-memory-bytes", str(layout.device_memory_bytes)),
         *(
             "--cpu-share",

@@ -31,7 +31,7 @@ EPILOG = """first steps:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpSettings:
     """`layercast up`. `port` 0 takes a free one; `link_mbit_per_s` 0 means no limit; `cpu_share` None divides the
-    cores among the agents; `policy` empty leaves each ModelService its own."""
+    cores among the agents, `host_pool_mib` None a part of the memory; `policy` empty leaves each ModelService as is."""
 
     file: Path
     agents: int
@@ -41,6 +41,7 @@ class UpSettings:
     state: StateDir
     link_mbit_per_s: float
     cpu_share: float | None
+    host_pool_mib: int | None
     devices: str
 
 
@@ -134,6 +135,7 @@ def up_settings(flags: argparse.Namespace) -> UpSettings:
         state=state_of(flags),
         link_mbit_per_s=flags.link_mbit_per_s,
         cpu_share=flags.cpu_share,
+        host_pool_mib=flags.host_pool_mib,
         devices=flags.devices,
     )
 
@@ -180,6 +182,8 @@ def _add_up(commands: Any) -> None:
     _flag(up, "--link-mbit-per-s", type=RATE, default=0.0, metavar="X", help=link)
     share = "part of a core's time for each agent, above 0 and at most 1; else the cores are divided"
     _flag(up, "--cpu-share", type=SHARE, metavar="F", help=share)
+    pool = "host memory of each agent for copies of checkpoints, taken at the start; 0 keeps none"
+    _flag(up, "--host-pool-mib", type=COUNT, metavar="N", help=f"{pool} (a small part of what is free)")
     _flag(up, "--devices", default="cpu:1", help="devices of each agent: cpu:N or cuda (%(default)s)")
 
 

@@ -14,6 +14,9 @@ import psutil
 CONTROL_CORES = 0.3
 # Of the free memory, what devices may use: the rest is for Python, torch and the page cache.
 DEVICE_MEMORY_FRACTION = 0.6
+# ... and what the agents' host pools may take of it. They are taken at the start, so a laptop must not notice.
+HOST_POOL_FRACTION = 0.15
+HOST_POOL_BYTES_MAX = 640 << 20
 CGROUP_MEMORY_MAX = Path("/sys/fs/cgroup/memory.max")
 
 
@@ -53,6 +56,13 @@ def device_memory_bytes(available_bytes: int, agents: int) -> int:
     """Memory of one agent's device, in whole MiB."""
     mebibyte = 1 << 20
     return int(available_bytes * DEVICE_MEMORY_FRACTION / agents) // mebibyte * mebibyte
+
+
+def host_pool_bytes(available_bytes: int, agents: int) -> int:
+    """Host memory of one agent for copies of checkpoints, in whole MiB."""
+    mebibyte = 1 << 20
+    share = int(available_bytes * HOST_POOL_FRACTION / agents)
+    return min(share, HOST_POOL_BYTES_MAX) // mebibyte * mebibyte
 
 
 def available_memory_bytes() -> int:

@@ -52,6 +52,24 @@ class ReplicaStatus:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostCopy:
+    """One copy of the checkpoint in the host memory of a node."""
+
+    node: str
+    state: str
+    source: str
+    bytes_per_s: float
+    done_bytes: int
+    total_bytes: int
+    error: str
+
+    @property
+    def complete(self) -> bool:
+        """All of it can be read."""
+        return self.state.lower() == "complete"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleReplica:
     """One new replica of a scale-up; times in unix seconds, None when not reached."""
 
@@ -95,6 +113,7 @@ class ServiceStatus:
     draining: int = 0
     conditions: tuple[Condition, ...] = ()
     replicas: tuple[ReplicaStatus, ...] = ()
+    host_copies: tuple[HostCopy, ...] = ()
     last_scale: Scale | None = None
     scales: tuple[Scale, ...] = ()
     recommendation: str = ""
@@ -129,6 +148,7 @@ def parse_status(name: str, raw: Mapping[str, Any]) -> ServiceStatus:
         draining=_int(counts, "draining"),
         conditions=tuple(_condition(each) for each in _sequence(raw.get("conditions"))),
         replicas=tuple(_replica(each) for each in _sequence(raw.get("replicas"))),
+        host_copies=tuple(_host_copy(each) for each in _sequence(raw.get("hostCopies"))),
         last_scale=parse_scale(last) if isinstance(last, dict) and last else None,
         scales=scales,
         recommendation="" if recommendation is None else _words(recommendation),
@@ -193,6 +213,18 @@ def _replica(raw: Mapping[str, Any]) -> ReplicaStatus:
         prefill_tokens_per_s=_float(raw, "prefillTokensPerSecond"),
         handoffs_given=_int(raw, "handoffsGiven"),
         handoffs_taken=_int(raw, "handoffsTaken"),
+        error=str(raw.get("error") or ""),
+    )
+
+
+def _host_copy(raw: Mapping[str, Any]) -> HostCopy:
+    return HostCopy(
+        node=str(raw.get("node") or ""),
+        state=str(raw.get("state") or ""),
+        source=str(raw.get("source") or ""),
+        bytes_per_s=_float(raw, "bytesPerSecond"),
+        done_bytes=_int(raw, "doneBytes"),
+        total_bytes=_int(raw, "totalBytes"),
         error=str(raw.get("error") or ""),
     )
 

@@ -38,6 +38,7 @@ def up(settings: UpSettings) -> int:
             port=settings.port,
             link_bytes_per_s=int(settings.link_mbit_per_s * 1e6 / BITS_PER_BYTE),
             cpu_share=settings.cpu_share,
+            host_pool_bytes=None if settings.host_pool_mib is None else settings.host_pool_mib << 20,
             devices=settings.devices,
         )
     )

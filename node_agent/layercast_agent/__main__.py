@@ -47,6 +47,7 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("run-dir", "folder of sockets, pid files and logs of the workers", kind=Path)
     flag("devices", "cpu:N, cuda, or cuda:0,1", default="cuda")
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
+    flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
     flag("cpu-share", "share of one core that a CPU device may use, in (0, 1]", default="1", kind=float)
     flag(

@@ -13,11 +13,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import uuid
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Collection, Coroutine, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import grpc
+from google.protobuf.timestamp_pb2 import Timestamp
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 from layercast.peer.v1alpha1 import peer_pb2
 from layercast.worker.v1alpha1 import worker_pb2
@@ -25,6 +26,7 @@ from layercast.worker.v1alpha1 import worker_pb2
 from layercast_agent.checkpoints import Checkpoints
 from layercast_agent.errors import PeerError
 from layercast_agent.health import DEFAULT_LIMITS, WorkerLimits
+from layercast_agent.host_copies import HostCopies
 from layercast_agent.peer_manifest import fetch_manifest
 from layercast_agent.settings import AgentSettings, device_slots
 from layercast_agent.workers import CommandError, Worker, WorkerLostError
@@ -73,6 +75,7 @@ class Agent:
         *,
         settings: AgentSettings,
         checkpoints: Checkpoints,
+        host_copies: HostCopies,
         limits: WorkerLimits = DEFAULT_LIMITS,
         deadlines: CommandDeadlines = DEFAULT_DEADLINES,
     ) -> None:
@@ -82,9 +85,12 @@ class Agent:
             for slot in device_slots(settings)
         )
         self.checkpoints = checkpoints
+        self.host_copies = host_copies
         self.peer = peer_pb2.Peer(peer_id=settings.node)
         self.disk_bytes_per_s = 0
         self.instance_id = uuid.uuid4().hex
+        self._started_at = Timestamp()
+        self._started_at.GetCurrentTime()
         self._settings = settings
         self._deadlines = deadlines
         self._assignments: dict[str, _Assignment] = {}
@@ -93,12 +99,16 @@ class Agent:
 
     def status(self) -> pb.GetStatusResponse:
         """Everything that is known of this node. Waits for nobody: workers are asked beforehand."""
+        pool = self.host_copies.pool.status()
+        complete = {c.digest for c in pool.copies if c.state == pb.HOST_COPY_STATE_COMPLETE}
         return pb.GetStatusResponse(
             node=self._settings.node,
             instance_id=self.instance_id,
+            started_at=self._started_at,
             peer=self.peer,
+            host_pool=pool,
             devices=[self._device(worker) for worker in self.workers],
-            checkpoints=self.checkpoints.statuses(),
+            checkpoints=[_with_memory(c, complete) for c in self.checkpoints.statuses()],
             replicas=[*self._replicas(), *self._failed.values()],
             egress_bytes_per_s=self._settings.egress_bytes_per_s,
             disk_bytes_per_s=self.disk_bytes_per_s,
@@ -215,8 +225,8 @@ class Agent:
         )
 
     async def _manifest(self, request: pb.StartReplicaRequest) -> tuple[bytes, Mapping[str, bytes]]:
-        """Manifest (JSON) and small files, from this node's disk or from the given peer."""
-        held = self.checkpoints.held(request.digest)
+        """Manifest (JSON) and small files, from this node's disk or memory or from the given peer."""
+        held = self.checkpoints.held(request.digest) or self.host_copies.pool.holding(request.digest)
         if held is not None:
             return held.manifest.to_json(), held.files
         try:
@@ -281,7 +291,12 @@ class Agent:
         transfer.upstreams.extend(upstreams)
         reads_disk = held is not None and any(u.local_disk for u in upstreams)
         path = str(self.checkpoints.folder(digest)) if reads_disk else ""
-        return worker_pb2.BeginTransferRequest(transfer=transfer, local_disk_path=path)
+        memory = ""
+        if any(not u.local_disk and u.peer.peer_id == self._settings.node for u in upstreams):
+            memory = self.host_copies.socket_for(digest)
+        return worker_pb2.BeginTransferRequest(
+            transfer=transfer, local_disk_path=path, host_memory_path=memory
+        )
 
     def _device(self, worker: Worker) -> pb.Device:
         device_id = worker.slot.device_id
@@ -326,6 +341,16 @@ def failed_replica(replica: pb.Replica, reason: str) -> pb.Replica:
     failed.layers_resident = 0
     failed.ClearField("load")
     return failed
+
+
+def _with_memory(checkpoint: pb.Checkpoint, in_memory: Collection[str]) -> pb.Checkpoint:
+    """What the disk knows of a checkpoint, and whether it is in host memory too."""
+    if checkpoint.digest not in in_memory:
+        return checkpoint
+    shown = pb.Checkpoint()
+    shown.CopyFrom(checkpoint)
+    shown.in_host_memory = True
+    return shown
 
 
 def _blank(assignment: _Assignment) -> pb.Replica:

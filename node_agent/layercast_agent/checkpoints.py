@@ -23,7 +23,7 @@ from layercast.agent.v1alpha1 import agent_pb2 as pb
 
 from layercast_agent.checkpoint_files import PackedCheckpoint
 from layercast_agent.errors import AgentError, CheckpointError, NoCapacityError
-from layercast_agent.holdings import Holding, Holdings
+from layercast_agent.holdings import DISK_RANK, Holding, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
@@ -87,8 +87,8 @@ class Checkpoints:
             packed, self._packed = self._packed, {}
             self._closed = True
         for digest, checkpoint in packed.items():
-            held = self._holdings.get(digest)
-            self._holdings.remove(digest)
+            held = self._holdings.get(digest, rank=DISK_RANK)
+            self._holdings.remove(digest, rank=DISK_RANK)
             with contextlib.suppress(
                 NoCapacityError
             ):  # a peer still reads: the mapping ends with the process
@@ -134,7 +134,7 @@ class Checkpoints:
 
     def held(self, digest: str) -> Holding | None:
         """The complete copy on this node's disk, if there is one."""
-        return self._holdings.get(digest)
+        return self._holdings.get(digest, rank=DISK_RANK)
 
     def folder(self, digest: str) -> Path:
         """Where a copy that is held lies."""
@@ -200,6 +200,7 @@ class Checkpoints:
                 files=files,
                 residency=Residency(manifest, complete=True),
                 regions=tuple(self._regions.add(packed.segment(s.index)) for s in manifest.segments),
+                rank=DISK_RANK,
             )
         )
 

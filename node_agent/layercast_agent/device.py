@@ -29,6 +29,7 @@ class DeviceMemory:
     def __init__(self, nbytes: int, device: torch.device, *, part: torch.Tensor | None = None) -> None:
         """`part` uint8 [nbytes] is memory that is there already."""
         self.nbytes = nbytes
+        self.in_place = device.type == "cpu"
         # Views of it become parameters, which must be usable inside and outside inference mode.
         with torch.inference_mode(mode=False):
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device) if part is None else part
@@ -109,6 +110,27 @@ def from_host(data: bytes | bytearray | memoryview, device: torch.device) -> tor
     if device.type == "cpu" or memoryview(data).readonly:
         data = bytearray(data)
     return torch.frombuffer(data, dtype=torch.uint8).to(device)
+
+
+CUDA_HOST_REGISTER_PORTABLE = 1
+CUDA_HOST_REGISTER_READ_ONLY = 8
+
+
+def register_host_memory(address: int, nbytes: int, device: torch.device) -> str:
+    """Let the device's copy engine read host memory that is mapped read-only; once, at start: pinning takes a while.
+
+    Returns why it could not be done, in words; then copies from it take a detour and are right all the same. Nothing
+    is to be done for a CPU.
+    """
+    if device.type == "cpu" or not nbytes:
+        return ""
+    with torch.cuda.device(device):
+        runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch leaves it unannotated
+        flags = CUDA_HOST_REGISTER_PORTABLE | CUDA_HOST_REGISTER_READ_ONLY
+        result = runtime.cudaHostRegister(address, nbytes, flags)
+    if int(result) == 0:
+        return ""
+    return f"cudaHostRegister of {nbytes} bytes ended with error {int(result)}"
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream:

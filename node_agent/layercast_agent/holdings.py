@@ -33,6 +33,10 @@ _Context = aio.ServicerContext[peer_pb2.WatchResidencyRequest, peer_pb2.WatchRes
 _ManifestContext = aio.ServicerContext[peer_pb2.GetManifestRequest, peer_pb2.GetManifestResponse]
 
 
+DISK_RANK, DEVICE_RANK, MEMORY_RANK = 0, 1, 2
+"""Where a copy lies; of complete ones, peers are given that of the highest rank."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Holding:
     """One checkpoint, complete or not, that peers may read. Compared by identity."""
@@ -41,37 +45,50 @@ class Holding:
     files: Mapping[str, bytes]
     residency: Residency
     regions: tuple[RegionRef, ...]  # one per segment, in the manifest's order
+    rank: int = DEVICE_RANK
 
 
 class Holdings:
-    """All holdings of this process, by digest. `add`, `remove` and `get` are thread-safe."""
+    """All holdings of this process, by digest and rank. `add`, `remove` and `get` are thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._by_digest: dict[str, Holding] = {}
+        self._held: dict[tuple[str, int], Holding] = {}
         self._watchers: dict[int, tuple[Holding, Callable[[], None]]] = {}
         self._next_watcher = 0
 
     def add(self, holding: Holding) -> None:
-        """Offer a holding; one with the same digest is replaced and its watchers are sent away."""
+        """Offer a holding; one of the same digest and rank is replaced and its watchers are sent away."""
+        key = (holding.manifest.digest, holding.rank)
         with self._lock:
-            replaced = self._by_digest.get(holding.manifest.digest)
-            self._by_digest[holding.manifest.digest] = holding
+            replaced = self._held.get(key)
+            self._held[key] = holding
         self._wake_watchers(replaced)
 
-    def remove(self, digest: str) -> None:
-        """Withdraw a holding: its watchers are told ABORTED. Unknown digests succeed.
+    def remove(self, digest: str, *, rank: int = DEVICE_RANK) -> None:
+        """Withdraw a holding: its watchers are told ABORTED. Unknown ones succeed.
 
         Call it before `RegionTable.remove`, so that watchers go elsewhere instead of being refused.
         """
         with self._lock:
-            removed = self._by_digest.pop(digest, None)
+            removed = self._held.pop((digest, rank), None)
         self._wake_watchers(removed)
 
-    def get(self, digest: str) -> Holding | None:
-        """The holding of a checkpoint, if there is one."""
+    def get(self, digest: str, *, rank: int | None = None) -> Holding | None:
+        """The holding of a checkpoint, if there is one; without a rank the one that peers are given.
+
+        Complete ones come first, so nobody who could read a disk is made to wait for a copy that is still filling.
+        """
         with self._lock:
-            return self._by_digest.get(digest)
+            if rank is not None:
+                return self._held.get((digest, rank))
+            found = [holding for (held, _), holding in self._held.items() if held == digest]
+        return max(found, key=lambda holding: (holding.residency.complete, holding.rank), default=None)
+
+    def followers(self, holding: Holding) -> int:
+        """How many peers follow it at the moment."""
+        with self._lock:
+            return sum(1 for watched, _ in self._watchers.values() if watched is holding)
 
     @property
     def watchers(self) -> int:
@@ -95,14 +112,14 @@ class Holdings:
 
         Delegate with `async for message in holdings.watch_residency(request, context): yield message`.
         """
-        holding = self.get(request.digest)
+        holding = self.get(request.digest, rank=MEMORY_RANK if request.host_memory else None)
         if holding is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"checkpoint {request.digest} is not held here")
         woken = asyncio.Event()
         forget = self._watch(holding, asyncio.get_running_loop(), woken)
         try:
             version = -1
-            while self.get(request.digest) is holding:
+            while self.get(request.digest, rank=holding.rank) is holding:
                 woken.clear()
                 version, changed = holding.residency.snapshot(since=version)
                 if changed:

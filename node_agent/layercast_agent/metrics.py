@@ -76,6 +76,19 @@ def families(seen: Observation) -> Iterator[Metric]:
     yield GaugeMetricFamily(
         "layercast_agent_disk_checkpoint_bytes", "Packed checkpoints on disk.", value=sum(on_disk.values())
     )
+    pool = seen.status.host_pool
+    yield GaugeMetricFamily(
+        "layercast_agent_host_pool_bytes", "Host memory for copies of checkpoints.", value=pool.capacity_bytes
+    )
+    yield GaugeMetricFamily(
+        "layercast_agent_host_pool_used_bytes", "Host memory that copies take.", value=pool.used_bytes
+    )
+    yield _by_state(
+        "layercast_agent_host_copies",
+        "Copies in host memory by state.",
+        pb.HostCopyState,
+        Counter(copy.state for copy in pool.copies),
+    )
     yield GaugeMetricFamily(
         "layercast_agent_disk_bytes_per_second",
         "Read rate of the store, measured at start; 0 until then.",

@@ -19,15 +19,19 @@ from pathlib import Path
 import grpc
 
 from layercast_agent.agent import DEFAULT_DEADLINES, Agent, CommandDeadlines
+from layercast_agent.arena import Arena
 from layercast_agent.checkpoints import Checkpoints, measure_disk
-from layercast_agent.errors import AgentError
+from layercast_agent.errors import AgentError, NoCapacityError
 from layercast_agent.health import DEFAULT_LIMITS, WorkerLimits
 from layercast_agent.holdings import Holdings
+from layercast_agent.host_copies import HostCopies
 from layercast_agent.metrics import MetricsServer, Observation
+from layercast_agent.pool import HostPool
 from layercast_agent.regions import RegionTable
 from layercast_agent.server import wire_server
 from layercast_agent.settings import AgentSettings, SettingsError, parse_address
 from layercast_agent.store import Store
+from layercast_agent.transport.shm import ShmServer
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 
 log = logging.getLogger(__name__)
@@ -80,7 +84,18 @@ async def running(
         stack.enter_context(_owned(settings.run_dir))
         store = await asyncio.to_thread(Store, settings.store_dir, pvc_root=settings.pvc_root)
         checkpoints = Checkpoints(store=store, holdings=holdings, regions=regions)
-        agent = Agent(settings=settings, checkpoints=checkpoints, limits=limits, deadlines=deadlines)
+        pool = HostPool(arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token)
+        agent = Agent(
+            settings=settings,
+            checkpoints=checkpoints,
+            host_copies=HostCopies(
+                node=settings.node, pool=pool, checkpoints=checkpoints, socket=settings.memory_socket
+            ),
+            limits=limits,
+            deadlines=deadlines,
+        )
+        if pool.arena.nbytes:
+            _serve_memory(settings, regions, pool.arena, token, stack)
         agent.peer.data_address = _serve_data(settings, regions, token, stack)
         wire = wire_server(agent, holdings)
         agent.peer.address = _bind(wire, settings.listen)
@@ -95,6 +110,7 @@ async def running(
         stack.push_async_callback(wire.stop, CALLS_GRACE_S)
         # Watches are told to go elsewhere before the server hangs up on them.
         stack.callback(checkpoints.close)
+        stack.push_async_callback(asyncio.to_thread, pool.close)
         log.info("the agent serves", extra={"address": agent.peer.address, "data": agent.peer.data_address})
         yield RunningAgent(agent=agent, metrics_port=metrics_port, runs=runs)
         log.info("the agent ends")
@@ -118,6 +134,33 @@ def _serve_data(
         raise _cannot_listen("--data-listen", settings.data_listen, error.__cause__ or error) from error
     stack.push_async_callback(asyncio.to_thread, server.close)
     return server.address
+
+
+def _host_memory(settings: AgentSettings, stack: contextlib.AsyncExitStack) -> Arena:
+    """Takes the host pool's memory, in the background."""
+    try:
+        arena = Arena(settings.host_pool_bytes)
+    except NoCapacityError as error:
+        raise SettingsError(f"--host-pool-bytes {settings.host_pool_bytes}: {error}.") from error
+    stack.callback(arena.close)
+    arena.touch()
+    return arena
+
+
+def _serve_memory(
+    settings: AgentSettings,
+    regions: RegionTable,
+    arena: Arena,
+    token: bytes,
+    stack: contextlib.AsyncExitStack,
+) -> None:
+    """Lets this node's workers read host copies where they lie."""
+    server = ShmServer(regions, arena=arena, token=token, path=settings.memory_socket)
+    try:
+        server.start()
+    except AgentError as error:
+        raise SettingsError(f"--run-dir {settings.run_dir}: {error}.") from error
+    stack.push_async_callback(asyncio.to_thread, server.close)
 
 
 def _serve_metrics(settings: AgentSettings, agent: Agent, stack: contextlib.AsyncExitStack) -> int:

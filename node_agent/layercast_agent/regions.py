@@ -36,6 +36,10 @@ class ReadableMemory(Protocol):
 class WritableMemory(ReadableMemory, Protocol):
     """Memory that a transfer fills."""
 
+    @property
+    def in_place(self) -> bool:
+        """Whether `staging` is the memory itself. Otherwise `commit` takes any host bytes, pinned ones fastest."""
+
     def staging(self, offset: int, nbytes: int) -> memoryview:
         """Writable host memory for incoming bytes of that range, format `B`."""
 
@@ -45,6 +49,8 @@ class WritableMemory(ReadableMemory, Protocol):
 
 class HostMemory:
     """Plain host memory, zeroed, or the given bytes without a copy; for request state and for tests."""
+
+    in_place = True
 
     def __init__(self, source: int | bytearray) -> None:
         self._bytes = bytearray(source) if isinstance(source, int) else source
@@ -103,16 +109,18 @@ class RegionTable:
         Raises:
             RegionFencedError: unknown id, another epoch, being removed, or a range outside the region.
         """
-        entry = self._enter(region_id, epoch, offset, nbytes)
+        memory = self.enter(region_id, epoch, offset, nbytes)
         try:
-            with entry.memory.view(offset, nbytes) as view:
+            with memory.view(offset, nbytes) as view:
                 yield view
         finally:
-            with self._changed:
-                entry.readers -= 1
-                self._changed.notify_all()
+            self.leave(region_id)
 
-    def _enter(self, region_id: int, epoch: int, offset: int, nbytes: int) -> _Entry:
+    def enter(self, region_id: int, epoch: int, offset: int, nbytes: int) -> ReadableMemory:
+        """Count a reader of that range and return the memory, which stays until the reader's `leave`.
+
+        RegionFencedError as `reading`.
+        """
         with self._changed:
             entry = self._entries.get(region_id)
             if entry is None or entry.fenced or epoch != self._epoch:
@@ -123,7 +131,19 @@ class RegionTable:
                     f"bytes [{offset}, {offset + nbytes}) are outside region {region_id} of {size} bytes"
                 )
             entry.readers += 1
-            return entry
+            return entry.memory
+
+    def leave(self, region_id: int) -> None:
+        """Undo one `enter`."""
+        with self._changed:
+            self._entries[region_id].readers -= 1
+            self._changed.notify_all()
+
+    def readers(self, region_id: int) -> int:
+        """How many read that region at the moment."""
+        with self._changed:
+            entry = self._entries.get(region_id)
+            return entry.readers if entry is not None else 0
 
     def remove(self, region_id: int, *, deadline_s: float) -> None:
         """Refuse new reads at once, then wait for the current ones. Unknown ids succeed.

@@ -93,6 +93,22 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             await self._agent.stop_replica(request.replica_id)
         return pb.StopReplicaResponse()
 
+    async def StartHostCopy(
+        self, request: pb.StartHostCopyRequest, context: ServicerContext[Any, Any]
+    ) -> pb.StartHostCopyResponse:
+        """Begins, improves or rests a copy in host memory."""
+        async with _codes(context):
+            await self._agent.host_copies.start(request)
+        return pb.StartHostCopyResponse()
+
+    async def DropHostCopy(
+        self, request: pb.DropHostCopyRequest, context: ServicerContext[Any, Any]
+    ) -> pb.DropHostCopyResponse:
+        """Gives its memory back."""
+        async with _codes(context):
+            await self._agent.host_copies.drop(request.digest)
+        return pb.DropHostCopyResponse()
+
 
 class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
     """PeerService for the copies that the agent keeps; it executes nothing, so it takes no requests."""

@@ -77,6 +77,9 @@ class AgentSettings:
     cpu_cores: tuple[int, ...] = ()
     """Cores of this node's workers, dealt out evenly among them; empty leaves them unpinned."""
 
+    host_pool_bytes: int = 0
+    """Host memory for copies of checkpoints, taken at the start and never exceeded; 0 keeps none."""
+
     egress_bytes_per_s: int = 0
     """Most parameter bytes per second that each process of this node sends (the agent, and every worker);
     0 is unlimited."""
@@ -105,6 +108,11 @@ class AgentSettings:
             ("--node", bool(self.node), "a name"),
             ("--device-memory-bytes", self.device_memory_bytes > 0, "a number of bytes above 0"),
             ("--cpu-share", 0 < self.cpu_share <= 1, "above 0 and at most 1"),
+            (
+                "--host-pool-bytes",
+                self.host_pool_bytes >= 0,
+                "0 (no copies in host memory) or a number of bytes",
+            ),
             ("--egress-bytes-per-s", self.egress_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
             ("--stop-grace-s", self.stop_grace_s >= 0, "0 or more seconds"),
             ("--log-format", self.log_format in ("text", "json"), "text or json"),
@@ -135,6 +143,11 @@ class AgentSettings:
         if self.metrics_listen in ("", "0"):
             return None
         return parse_address(self.metrics_listen, flag="--metrics-listen")
+
+    @property
+    def memory_socket(self) -> Path:
+        """The Unix socket on which workers are handed the host pool's memory."""
+        return self.run_dir / "host-memory.sock"
 
     def socket_path(self, slot: DeviceSlot) -> Path:
         """The Unix socket of a device's worker."""

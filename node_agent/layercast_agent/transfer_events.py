@@ -31,6 +31,9 @@ class UpstreamSpec:
     local_folder: Path | None = None
     """Folder of a packed checkpoint on this node."""
 
+    memory_socket: Path | None = None
+    """Where this node's own agent hands out its host memory; its copies are then read without the network."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Chunk:

@@ -99,4 +99,50 @@ class StopReplica:
         return self.replica_id
 
 
-Action = PrepareCheckpoint | StartReplica | StartTransfer | DrainReplica | StopReplica
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartHostCopy:
+    """Keep a copy in a node's host memory, or feed it better. No upstreams let it rest; None is the own disk."""
+
+    node: str
+    model: str
+    digest: str
+    generation: int
+    upstreams: tuple[PeerRef | None, ...]
+    manifest_peer: PeerRef | None
+    """Where the manifest is; None when the node's own disk has it."""
+    nbytes: int
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.digest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DropHostCopy:
+    """Give the host memory of a copy back."""
+
+    node: str
+    model: str
+    """Whose checkpoint it is; empty when nobody's."""
+    digest: str
+    failed: bool
+    """It had failed: its node rests before it is tried again."""
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes."""
+        return self.digest
+
+
+Action = (
+    PrepareCheckpoint
+    | StartReplica
+    | StartTransfer
+    | DrainReplica
+    | StopReplica
+    | StartHostCopy
+    | DropHostCopy
+)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar, assert_never
 
@@ -21,7 +21,9 @@ from layercast.peer.v1alpha1 import peer_pb2
 from layercast_operator.actions import (
     Action,
     DrainReplica,
+    DropHostCopy,
     PrepareCheckpoint,
+    StartHostCopy,
     StartReplica,
     StartTransfer,
     StopReplica,
@@ -31,6 +33,8 @@ from layercast_operator.snapshot import (
     Checkpoint,
     CheckpointState,
     Device,
+    HostCopy,
+    HostCopyState,
     Node,
     PeerRef,
     Replica,
@@ -74,6 +78,13 @@ _CHECKPOINT_STATES = {
     pb.CHECKPOINT_STATE_PACKING: CheckpointState.PACKING,
     pb.CHECKPOINT_STATE_READY: CheckpointState.READY,
     pb.CHECKPOINT_STATE_FAILED: CheckpointState.FAILED,
+}
+
+_HOST_COPY_STATES = {
+    pb.HOST_COPY_STATE_FILLING: HostCopyState.FILLING,
+    pb.HOST_COPY_STATE_COMPLETE: HostCopyState.COMPLETE,
+    pb.HOST_COPY_STATE_DROPPING: HostCopyState.DROPPING,
+    pb.HOST_COPY_STATE_FAILED: HostCopyState.FAILED,
 }
 
 
@@ -130,6 +141,12 @@ class AgentCalls:
             case StopReplica():
                 stop = pb.StopReplicaRequest(replica_id=action.replica_id)
                 call = stub.StopReplica(stop, timeout=STOP_DEADLINE_S)
+            case StartHostCopy():
+                call = stub.StartHostCopy(_host_copy(action), timeout=START_DEADLINE_S)
+            case DropHostCopy():
+                call = stub.DropHostCopy(
+                    pb.DropHostCopyRequest(digest=action.digest), timeout=STOP_DEADLINE_S
+                )
             case _:
                 assert_never(action)
         await _answer(action.node, call)
@@ -182,13 +199,24 @@ def _transfer(action: StartTransfer) -> pb.StartTransferRequest:
         replica_id=action.replica_id,
         transfer_id=action.transfer_id,
         generation=action.generation,
-        upstreams=[
-            pb.Upstream(local_disk=True) if peer is None else pb.Upstream(peer=_peer(peer))
-            for peer in action.upstreams
-        ],
+        upstreams=_upstreams(action.upstreams),
         segment_order=action.segment_order,
         live_source=None if source is None else _peer(source),
     )
+
+
+def _host_copy(action: StartHostCopy) -> pb.StartHostCopyRequest:
+    peer = action.manifest_peer
+    return pb.StartHostCopyRequest(
+        digest=action.digest,
+        generation=action.generation,
+        upstreams=_upstreams(action.upstreams),
+        manifest_peer=None if peer is None else _peer(peer),
+    )
+
+
+def _upstreams(peers: Iterable[PeerRef | None]) -> list[pb.Upstream]:
+    return [pb.Upstream(local_disk=True) if peer is None else pb.Upstream(peer=_peer(peer)) for peer in peers]
 
 
 def _peer(peer: PeerRef) -> peer_pb2.Peer:
@@ -207,6 +235,10 @@ def node_of(answer: pb.GetStatusResponse, *, name: str, polled_at: float) -> Nod
         egress_bytes_per_s=answer.egress_bytes_per_s,
         disk_bytes_per_s=answer.disk_bytes_per_s,
         leaf=answer.leaf,
+        host_pool_bytes=answer.host_pool.capacity_bytes,
+        host_pool_used_bytes=answer.host_pool.used_bytes,
+        host_copies=tuple(_host_copy_of(copy) for copy in answer.host_pool.copies),
+        started_at=_seconds(answer.started_at, known=answer.HasField("started_at")) or 0.0,
         polled_at=polled_at,
     )
 
@@ -238,6 +270,17 @@ def _checkpoint_of(checkpoint: pb.Checkpoint) -> Checkpoint:
         context_length_max=checkpoint.context_length_max,
         on_disk=checkpoint.on_disk,
         in_host_memory=checkpoint.in_host_memory,
+    )
+
+
+def _host_copy_of(copy: pb.HostCopy) -> HostCopy:
+    return HostCopy(
+        digest=copy.digest,
+        state=_HOST_COPY_STATES.get(copy.state, HostCopyState.FAILED),
+        total_bytes=copy.total_bytes,
+        transfer=_transfer_of(copy.transfer),
+        followers=copy.followers,
+        error=copy.error,
     )
 
 

@@ -15,7 +15,9 @@ from typing import assert_never
 from layercast_operator.actions import (
     Action,
     DrainReplica,
+    DropHostCopy,
     PrepareCheckpoint,
+    StartHostCopy,
     StartReplica,
     StartTransfer,
     StopReplica,
@@ -23,7 +25,7 @@ from layercast_operator.actions import (
 from layercast_operator.agents import AgentCalls
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
-from layercast_operator.snapshot import Node, PendingReplica, ReplicaState, Snapshot
+from layercast_operator.snapshot import Node, PendingHostCopy, PendingReplica, ReplicaState, Snapshot
 
 _LOG = logging.getLogger(__name__)
 
@@ -105,6 +107,25 @@ class Executor:
             if isinstance(flight.action, StartReplica) and flight.failures == 0
         ]
 
+    def pending_host_copies(self) -> list[PendingHostCopy]:
+        """Host copies that were asked for or asked away. One that may be gone already is nobody's last copy."""
+        found: list[PendingHostCopy] = []
+        for flight in self._flights.values():
+            match flight.action:
+                case StartHostCopy(node=node, digest=digest, nbytes=nbytes) if flight.failures == 0:
+                    found.append(PendingHostCopy(node=node, digest=digest, total_bytes=nbytes))
+                case DropHostCopy(node=node, digest=digest):
+                    found.append(PendingHostCopy(node=node, digest=digest, total_bytes=0, dropped=True))
+        return found
+
+    def leaving(self) -> set[str]:
+        """Replicas that were asked to drain or stop and may not show it yet."""
+        return {
+            flight.action.replica_id
+            for flight in self._flights.values()
+            if isinstance(flight.action, DrainReplica | StopReplica)
+        }
+
     def take_failures(self) -> list[Failure]:
         """What went wrong since the last call."""
         taken = list(self._failures)
@@ -173,6 +194,8 @@ def _visible(action: Action, node: Node) -> bool:
     """Whether the node's answer shows what the command did."""
     if isinstance(action, PrepareCheckpoint):
         return any(checkpoint.key == action.key for checkpoint in node.checkpoints)
+    if isinstance(action, StartHostCopy | DropHostCopy):
+        return _copy_visible(action, node)
     replica = next((r for r in node.replicas if r.replica_id == action.replica_id and not r.pending), None)
     match action:
         case StartReplica():
@@ -186,3 +209,11 @@ def _visible(action: Action, node: Node) -> bool:
             return replica is None
         case _:
             assert_never(action)
+
+
+def _copy_visible(action: StartHostCopy | DropHostCopy, node: Node) -> bool:
+    copy = node.host_copy(action.digest)
+    if isinstance(action, DropHostCopy):
+        return copy is None or not copy.there
+    transfer = copy.transfer if copy is not None else None
+    return transfer is not None and transfer.generation >= action.generation

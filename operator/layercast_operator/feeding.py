@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from layercast_operator.actions import Action, StartTransfer
-from layercast_operator.modelservice import ModelService, ScalePolicy
+from layercast_operator.modelservice import CACHE_POLICIES, ModelService, ScalePolicy
 from layercast_operator.multicast import (
     ASSUMED_DISK_BYTES_PER_S,
     INSIDE_NODE_BYTES_PER_S,
@@ -22,7 +22,7 @@ from layercast_operator.multicast import (
     plan_multicast,
 )
 from layercast_operator.placement import disk_bytes_per_s, nic_bytes_per_s
-from layercast_operator.snapshot import Node, NodeHealth, Replica, ReplicaState, Snapshot
+from layercast_operator.snapshot import Node, NodeHealth, PeerRef, Replica, ReplicaState, Snapshot
 from layercast_operator.state import Feed, Resolved
 
 # The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
@@ -38,11 +38,12 @@ def holders_of(snapshot: Snapshot, digest: str) -> list[Holder]:
         for replica in node.replicas:
             if replica.digest == digest and replica.complete and replica.peer.address:
                 found.append(_device_holder(node, replica))
+        copy = node.host_copy(digest)
+        if copy is not None and copy.complete:
+            found.append(_agent_holder(node, HolderKind.HOST, INSIDE_NODE_BYTES_PER_S))
         for checkpoint in node.checkpoints:
             if checkpoint.digest != digest:
                 continue
-            if checkpoint.in_host_memory:
-                found.append(_agent_holder(node, HolderKind.HOST, INSIDE_NODE_BYTES_PER_S))
             if checkpoint.on_disk:
                 found.append(_agent_holder(node, HolderKind.DISK, disk_bytes_per_s(node)))
     # Two keys may name one checkpoint; a node then still has one copy.
@@ -87,6 +88,8 @@ def feed(
     if not hungry:
         return [], ""
     by_id = {replica.replica_id: replica for replica in replicas}
+    if policy in CACHE_POLICIES:
+        return _feed_locally({by_id[i]: why for i, why in hungry.items()}, snapshot, resolved)
     running = [
         Running(target=target, upstream=_upstream(r, feeds))
         for r in replicas
@@ -108,9 +111,31 @@ def feed(
         if source is not None:
             shared[hop.target] = source.replica_id
         why = f"{hungry[hop.target]}; {hop.why}; {hop.live_reason}"
-        actions.append(_transfer(by_id[hop.target], hop, source, resolved, at=snapshot.at, why=why))
+        upstreams = (hop.upstream, *hop.alternatives)
+        actions.append(_transfer(by_id[hop.target], upstreams, source, resolved, at=snapshot.at, why=why))
     unfed = f"nobody can feed {', '.join(plan.unfed)}" if plan.unfed else ""
     return actions, unfed
+
+
+def _feed_locally(
+    hungry: Mapping[Replica, str], snapshot: Snapshot, resolved: Resolved
+) -> tuple[list[Action], str]:
+    """Each from its own node: a copy in host memory, also one that is still filling, else the disk."""
+    actions: list[Action] = []
+    unfed: list[str] = []
+    for replica, need in hungry.items():
+        node = snapshot.node(replica.node)
+        assert node is not None  # nobody is hungry on a node that is not fresh
+        copy = node.host_copy(resolved.digest)
+        in_memory = copy is not None and copy.there and not copy.pending
+        on_disk = any(c.digest == resolved.digest and c.on_disk for c in node.checkpoints)
+        upstreams = (*((node.peer,) if in_memory else ()), *((None,) if on_disk else ()))
+        if not upstreams:
+            unfed.append(replica.replica_id)
+            continue
+        why = f"{need}; fed by its own {'host memory' if in_memory else 'disk'}"
+        actions.append(_transfer(replica, upstreams, None, resolved, at=snapshot.at, why=why))
+    return actions, f"no copy on the node of {', '.join(unfed)}" if unfed else ""
 
 
 def _upstream(replica: Replica, feeds: Mapping[str, Feed]) -> str:
@@ -196,7 +221,13 @@ def segment_order(layers: int, *, live: bool) -> tuple[int, ...]:
 
 
 def _transfer(
-    replica: Replica, hop: Hop, source: Replica | None, resolved: Resolved, *, at: float, why: str
+    replica: Replica,
+    upstreams: tuple[PeerRef | None, ...],
+    source: Replica | None,
+    resolved: Resolved,
+    *,
+    at: float,
+    why: str,
 ) -> StartTransfer:
     before = replica.transfer.generation if replica.transfer is not None else 0
     return StartTransfer(
@@ -205,7 +236,7 @@ def _transfer(
         replica_id=replica.replica_id,
         transfer_id=f"{replica.replica_id}-t",
         generation=max(int(at * 1000), before + 1),
-        upstreams=(hop.upstream, *hop.alternatives),
+        upstreams=upstreams,
         segment_order=segment_order(resolved.layers, live=source is not None),
         live_source=source.peer if source is not None else None,
         why=why,

@@ -10,7 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from layercast_operator.errors import SettingsError
-from layercast_operator.snapshot import Replica
+from layercast_operator.snapshot import HostCopyState, Replica
 
 _PREFIX = "layercast_operator_"
 
@@ -73,7 +73,23 @@ class Metrics:
             _PREFIX + "poll_failures", "Agents that did not answer.", ["node"], registry=self.registry
         )
 
+        self._add_host_copies()
         self._add_kubernetes()
+
+    def _add_host_copies(self) -> None:
+        """Where checkpoints are kept in memory."""
+        self.host_copies = Gauge(
+            _PREFIX + "host_copies",
+            "Copies of the model's checkpoint in host memory, by state.",
+            ["model", "state"],
+            registry=self.registry,
+        )
+        self.memory_copies = Gauge(
+            _PREFIX + "memory_copies",
+            "Complete copies on devices and in host memory, `total`; 0 means that at most a disk is left.",
+            ["model", "where"],
+            registry=self.registry,
+        )
 
     def _add_kubernetes(self) -> None:
         """What is only counted where there is an API server."""
@@ -108,6 +124,15 @@ class Metrics:
             self.replicas.labels(model, state).set(count)
         known = any(c["type"] == "MetricsAvailable" and c["status"] == "True" for c in status["conditions"])
         self.metrics_available.labels(model).set(known)
+        states = [copy["state"] for copy in status["hostCopies"]]
+        for copy_state in HostCopyState:
+            self.host_copies.labels(model, copy_state.value).set(states.count(copy_state.value))
+        copies = {
+            "device": sum(1 for replica in replicas if replica.complete),
+            "host": states.count(HostCopyState.COMPLETE.value),
+        }
+        for where, count in (copies | {"total": sum(copies.values())}).items():
+            self.memory_copies.labels(model, where).set(count)
         listed = {(model, replica.replica_id) for replica in replicas}
         for series in (self.layers_resident, self.transfer_bytes_per_s):
             _forget(series, model, keep=listed)
@@ -118,7 +143,13 @@ class Metrics:
 
     def forget_model(self, model: str) -> None:
         """Its ModelService is gone."""
-        for series in (self.replicas, self.layers_resident, self.transfer_bytes_per_s):
+        for series in (
+            self.replicas,
+            self.layers_resident,
+            self.transfer_bytes_per_s,
+            self.host_copies,
+            self.memory_copies,
+        ):
             _forget(series, model, keep=set())
         with contextlib.suppress(KeyError):
             self.metrics_available.remove(model)

@@ -32,6 +32,14 @@ class ScalePolicy(Enum):
     """It executes the layers that it already holds (ZigZag)."""
     STOP_THE_WORLD = "stop-the-world"
     """It executes nothing before all of it is there; the baseline."""
+    HOST_CACHE = "host-cache"
+    """As stop-the-world, from a copy in the host memory of its own node, of which every node keeps one (AllCache)."""
+    TTL_CACHE = "ttl-cache"
+    """As stop-the-world, from its own node: host memory if it served the model lately, else disk (ServerlessLLM)."""
+
+
+CACHE_POLICIES = frozenset({ScalePolicy.HOST_CACHE, ScalePolicy.TTL_CACHE})
+"""Those by which replicas never load from other nodes."""
 
 
 class ScalingMode(Enum):
@@ -89,6 +97,8 @@ class Scaling:
     scale_down_s: float
     """How long demand must be low before one replica goes."""
     queries: Queries = field(default_factory=Queries)
+    host_cache_s: float = 300.0
+    """With `ttl-cache`: how long a node keeps a model in host memory that it serves no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -228,10 +238,11 @@ def _scaling(section: Section) -> Scaling:
         kv_utilization = _band(targets, "kvUtilization", kv_utilization, most=1)
         rate = targets.number("prefillTokensPerSecond", 0.0, least=0)
         targets.done()
-    scale_down_s = 10.0
+    scale_down_s, host_cache_s = 10.0, 300.0  # the latter as in ServerlessLLM's evaluation
     windows = section.section("windows")
     if windows is not None:
         scale_down_s = windows.number("scaleDownSeconds", scale_down_s, least=0, most=86400)
+        host_cache_s = windows.number("hostCacheSeconds", host_cache_s, least=0, most=86400)
         windows.done()
     queries = Queries()
     metrics = section.section("metrics")
@@ -253,6 +264,7 @@ def _scaling(section: Section) -> Scaling:
         prefill_tokens_per_s=rate,
         scale_down_s=scale_down_s,
         queries=queries,
+        host_cache_s=host_cache_s,
     )
 
 

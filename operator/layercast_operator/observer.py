@@ -229,6 +229,7 @@ def _gist(node: Node) -> object:
         node.instance_id,
         tuple((d.worker_state, d.replica_id) for d in node.devices),
         tuple((c.key, c.state, c.on_disk) for c in node.checkpoints),
+        tuple((c.digest, c.state, c.transfer is not None and c.transfer.stalled) for c in node.host_copies),
         tuple(
             (
                 r.replica_id,

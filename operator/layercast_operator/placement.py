@@ -152,7 +152,7 @@ def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) ->
     ways = [] if holders else [(checkpoint_bytes / ASSUMED_ORIGIN_BYTES_PER_S, "from the origin")]
     for holder in holders:
         if holder.node == node.name and holder.kind is not HolderKind.DEVICE:
-            ways.append((checkpoint_bytes / holder.read_bytes_per_s, "from its own disk"))
+            ways.append((checkpoint_bytes / holder.read_bytes_per_s, f"from its own {holder.kind.value}"))
             continue
         rate = INSIDE_NODE_BYTES_PER_S
         if holder.node != node.name:

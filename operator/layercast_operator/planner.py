@@ -9,7 +9,7 @@ Order matters only for reading: free what is broken, find the checkpoint, shrink
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layercast_operator.actions import (
     Action,
@@ -19,7 +19,8 @@ from layercast_operator.actions import (
     StopReplica,
 )
 from layercast_operator.feeding import feed, holders_of
-from layercast_operator.modelservice import ModelService
+from layercast_operator.lastcopies import disk_will_do, suffice
+from layercast_operator.modelservice import CACHE_POLICIES, ModelService, ScalePolicy
 from layercast_operator.multicast import Holder, HolderKind
 from layercast_operator.placement import choose_preparer, place_replicas
 from layercast_operator.replacing import PlanInput, current_of, misplaced, replaced, victims_of
@@ -37,6 +38,8 @@ class Plan:
     actions: tuple[Action, ...] = ()
     blocked: str = ""
     """Why the wanted replicas cannot be started, in words; empty when nothing hinders."""
+    waits_for_copy: bool = False
+    """A device would be freed now if its checkpoint were in host memory."""
 
 
 def plan(given: PlanInput) -> Plan:
@@ -51,8 +54,10 @@ def plan(given: PlanInput) -> Plan:
         prepared, blocked = _prepare(given)
         return Plan(actions=(*actions, *prepared), blocked=blocked)
     if all(h.leaving for h in holders):  # the pool must not lose its last copy with them
-        actions += _prepare(given)[0]
-    leaving, blocked = _shrink(given, resolved, replicas, holders)
+        actions += _pool_copy(given, resolved, holders)
+    if given.policy in CACHE_POLICIES:
+        actions += _prepare_everywhere(given, resolved)
+    leaving, blocked, waits = _shrink(given, resolved, replicas, holders)
     actions += leaving
     gone = {action.subject for action in leaving}
     stays = [r for r in current_of(given, resolved, replicas) if r.replica_id not in gone]
@@ -68,7 +73,13 @@ def plan(given: PlanInput) -> Plan:
         feeds=given.memory.feeds,
     )
     actions += fed
-    return Plan(actions=tuple(actions), blocked="; ".join(filter(None, (blocked, missing, unfed))))
+    staying = [h for h in holders if not h.leaving and h.peer.peer_id not in gone]
+    waits = waits or (len(staying) < len(holders) and not suffice(staying, ""))
+    return Plan(
+        actions=tuple(actions),
+        blocked="; ".join(filter(None, (blocked, missing, unfed))),
+        waits_for_copy=waits,
+    )
 
 
 def plan_orphans(snapshot: Snapshot, models: Collection[str]) -> Plan:
@@ -110,25 +121,47 @@ def _stop_finished(given: PlanInput, replicas: Sequence[Replica]) -> list[Action
     for replica in replicas:
         if replica.pending or not _fresh(given.snapshot, replica):
             continue
+        gone = {action.subject for action in actions}
         if replica.state is ReplicaState.FAILED:
             actions.append(_stop(replica, f"it failed: {replica.error or 'no reason given'}", failed=True))
-        elif replica.state is ReplicaState.DRAINED and not _still_needed(replica, given):
+        elif replica.state is ReplicaState.DRAINED and not _still_needed(replica, given, gone):
             actions.append(_stop(replica, "it is drained"))
     return actions
 
 
-def _still_needed(replica: Replica, given: PlanInput) -> bool:
+def _still_needed(replica: Replica, given: PlanInput, gone: Collection[str]) -> bool:
     """It is the last complete copy of what is deployed, or of what others still load from it."""
-    others = [h for h in holders_of(given.snapshot, replica.digest) if h.peer.peer_id != replica.replica_id]
-    if others or not replica.complete:
+    if not replica.complete:
         return False
+    holders = holders_of(given.snapshot, replica.digest)
+    others = [h for h in holders if h.peer.peer_id not in {replica.replica_id, *gone}]
     resolved = given.memory.resolved
     if resolved is not None and resolved.digest == replica.digest:
-        return True
+        return not suffice(others, _disk(given, resolved))
+    if others:
+        return False
     return any(
         r.arriving and r.digest == replica.digest and not r.pending
         for r in given.snapshot.replicas(replica.model)
     )
+
+
+def _disk(given: PlanInput, resolved: Resolved) -> str:
+    return disk_will_do(given.policy, given.memory, resolved, given.snapshot)
+
+
+def _prepare_everywhere(given: PlanInput, resolved: Resolved) -> list[Action]:
+    """With caches a replica loads from its own node: every disk has the checkpoint, unless host memory always does."""
+    actions: list[Action] = []
+    avoid = resting(given.memory.prepare_backoffs, given.snapshot.at)
+    for node in given.snapshot.nodes:
+        known = any(
+            c.key == given.model.model.key and c.state is not CheckpointState.FAILED for c in node.checkpoints
+        )
+        kept = given.policy is ScalePolicy.HOST_CACHE and node.host_pool_bytes >= resolved.nbytes
+        if node.fresh and not known and not kept and node.name not in avoid:
+            actions.append(_prepare_on(given, node.name, "replicas load from their own node"))
+    return actions
 
 
 def _prepare(given: PlanInput) -> tuple[list[Action], str]:
@@ -154,8 +187,13 @@ def _prepare(given: PlanInput) -> tuple[list[Action], str]:
     if chosen is None:
         return [], "no node can prepare the checkpoint now"
     node_name, why = chosen
-    action = PrepareCheckpoint(
-        node=node_name,
+    return [_prepare_on(given, node_name, why)], f"{node_name} prepares the checkpoint"
+
+
+def _prepare_on(given: PlanInput, node: str, why: str) -> PrepareCheckpoint:
+    model = given.model
+    return PrepareCheckpoint(
+        node=node,
         model=model.name,
         key=model.model.key,
         source=model.model.source,
@@ -163,7 +201,6 @@ def _prepare(given: PlanInput) -> tuple[list[Action], str]:
         dtype=model.model.dtype,
         why=why,
     )
-    return [action], f"{node_name} prepares the checkpoint"
 
 
 def _asked(snapshot: Snapshot, avoid: Collection[str], key: str) -> str:
@@ -181,37 +218,39 @@ def _holds(node: Node, resolved: Resolved | None) -> bool:
 
 def _shrink(
     given: PlanInput, resolved: Resolved, replicas: Sequence[Replica], holders: Sequence[Holder]
-) -> tuple[list[Action], str]:
-    """Let surplus replicas go, and those of an older checkpoint once newer ones serve."""
+) -> tuple[list[Action], str, bool]:
+    """Let surplus replicas go, and those of an older checkpoint once newer ones serve; why not, and for a copy."""
     current = current_of(given, resolved, replicas)
     surplus = max(len(current) - given.target, 0)
     victims = [(r, f"{len(current)} are there, {given.target} wanted") for r in victims_of(current, surplus)]
+    safe = suffice(holders, _disk(given, resolved))
     victims += [
-        (r, misplaced(given, r) or "of an older checkpoint") for r in replaced(given, resolved, replicas)
+        (r, misplaced(given, r) or "of an older checkpoint")
+        for r in replaced(given, resolved, replicas, safe=safe)
     ]
     gone: set[str] = set()
     actions: list[Action] = []
     for replica, why in victims:
         if replica.pending or not _fresh(given.snapshot, replica):
             continue
-        if replica.digest == resolved.digest and _last_copy(replica, current, holders, gone, given.target):
-            blocked = f"{replica.replica_id} stays for now: it is the last complete copy"
-            prepared = _pool_copy(given, holders)
-            return [*actions, *prepared], blocked
+        if replica.digest == resolved.digest and _last_copy(replica, given, current, holders, gone):
+            blocked = f"{replica.replica_id} stays for now: it is the last complete copy in memory"
+            prepared = _pool_copy(given, resolved, holders)
+            return [*actions, *prepared], blocked, True
         gone.add(replica.replica_id)
         if replica.state is ReplicaState.LOADING:
             actions.append(_stop(replica, f"{why}; it has not begun to serve"))
         else:
             actions.append(_drain(replica, given.model.drain_grace_s, why))
-    return actions, ""
+    return actions, "", not safe
 
 
 def _last_copy(
     replica: Replica,
+    given: PlanInput,
     current: Sequence[Replica],
     holders: Sequence[Holder],
     gone: Collection[str],
-    target: int,
 ) -> bool:
     """Without it nobody would have the checkpoint, or those that still load could not finish."""
     if not replica.complete:
@@ -223,14 +262,15 @@ def _last_copy(
     ]
     loading = [r for r in current if r.arriving and r.replica_id not in gone and not r.pending]
     device_left = any(h.kind is HolderKind.DEVICE for h in others)
-    if loading and target > 0 and not device_left:
+    if loading and given.target > 0 and not device_left:
         return True
-    return not others
+    resolved = given.memory.resolved
+    return resolved is None or not suffice(others, _disk(given, resolved))
 
 
-def _pool_copy(given: PlanInput, holders: Sequence[Holder]) -> list[Action]:
-    """A copy outside of devices must exist before the last device gives its own up."""
-    if any(h.kind is not HolderKind.DEVICE for h in holders):
+def _pool_copy(given: PlanInput, resolved: Resolved, holders: Sequence[Holder]) -> list[Action]:
+    """Where host memory will not have it, a disk must before the last device gives its own up."""
+    if any(h.kind is not HolderKind.DEVICE for h in holders) or not _disk(given, resolved):
         return []
     return _prepare(given)[0]
 
@@ -244,8 +284,13 @@ def _grow(
         return [], ""
     if given.snapshot.at < given.memory.refused_until:
         return [], "a node refused the model; it is tried again after a rest or an edit"
+    seen = given.snapshot
+    if given.policy in CACHE_POLICIES:  # only a node with a copy of its own can load
+        holders = [h for h in holders if h.kind is not HolderKind.DEVICE]
+        own = {h.node for h in holders}
+        seen = replace(seen, nodes=tuple(node for node in seen.nodes if node.name in own))
     placed = place_replicas(
-        given.snapshot,
+        seen,
         count=count,
         checkpoint_bytes=resolved.nbytes,
         holders=holders,

@@ -20,6 +20,7 @@ from layercast_operator.actions import StartReplica
 from layercast_operator.cluster import Cluster, Desired
 from layercast_operator.executor import Executor
 from layercast_operator.history import memory_of
+from layercast_operator.hostcopies import deployed_of, plan_host_copies
 from layercast_operator.metrics import Metrics
 from layercast_operator.modelservice import ModelService, Queries, ScalePolicy
 from layercast_operator.observer import Observer
@@ -104,11 +105,14 @@ class Reconciler:
                 model.name: model.scaling.queries if model.scaling is not None else Queries()
                 for model in desired.models
             }
-        snapshot = with_pending(self.observer.snapshot(names), self.executor.pending())
+        snapshot = with_pending(
+            self.observer.snapshot(names), self.executor.pending(), self.executor.pending_host_copies()
+        )
         self._take_failures()
         taken: set[tuple[str, str]] = set()
         for model in desired.models:
             await self._one_model(model, desired, snapshot, taken)
+        self._keep_host_copies(desired, snapshot)
         await self._others(desired, snapshot)
         known = bool(desired.agents) or (desired.complete and not desired.problem)
         if known and not snapshot.unseen:
@@ -172,6 +176,32 @@ class Reconciler:
         )
         self.metrics.show_model(told.status, replicas)
         await self.cluster.write_status(name, told.status)
+
+    def _keep_host_copies(self, desired: Desired, snapshot: Snapshot) -> None:
+        """After all turns, because it must know which replicas they let go; one decision for all models."""
+        deployed = [
+            wanted
+            for model in desired.models
+            if (wanted := deployed_of(model, self.policy, self._memories.get(model.name), snapshot.at))
+        ]
+        # Once more, with what this pass has asked for: a copy keeps away from replicas that are being started.
+        snapshot = with_pending(snapshot, self.executor.pending())
+        plan = plan_host_copies(
+            snapshot,
+            deployed,
+            leaving=self.executor.leaving(),
+            all_known=desired.complete and len(deployed) == len(desired.models),
+        )
+        begun = self.executor.submit(plan.actions, snapshot)
+        for name, before in self._memories.items():
+            mine = [action for action in begun if action.model == name]
+            memory = after_actions(before, mine, policy=ScalePolicy.LIVE, now=snapshot.at)
+            digest = memory.resolved.digest if memory.resolved is not None else ""
+            self._memories[name] = replace(
+                memory,
+                host_hopeless=plan.hopeless.get(digest, ""),
+                host_crowded_out=plan.crowded_out.get(digest, ""),
+            )
 
     async def _others(self, desired: Desired, snapshot: Snapshot) -> None:
         """What has no usable ModelService: report broken files, let go what was deleted."""

@@ -54,8 +54,13 @@ def victims_of(current: Sequence[Replica], surplus: int) -> list[Replica]:
     return sorted(current, key=order)[:surplus]
 
 
-def replaced(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]) -> list[Replica]:
-    """Those that may go now: one for each new one that serves, or one when there is no other device."""
+def replaced(
+    given: PlanInput, resolved: Resolved, replicas: Sequence[Replica], *, safe: bool
+) -> list[Replica]:
+    """Those that may go now: one for each new one that serves, or one when there is no other device.
+
+    `safe` says that the checkpoint of the new ones is kept: only then does an old one make room for the first.
+    """
     new = current_of(given, resolved, replicas)
     stay = {r.replica_id for r in new}
     old = [r for r in replicas if r.active and r.replica_id not in stay]
@@ -66,7 +71,7 @@ def replaced(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]) 
     count = max(len(old) - max(given.target - serving, 0), len(not_yet))
     leaving = any(r.state in {ReplicaState.DRAINING, ReplicaState.DRAINED} for r in replicas)
     # A new one that failed already must not cost another old one its place.
-    healthy = not given.memory.start_backoffs and given.snapshot.at >= given.memory.refused_until
+    healthy = safe and not given.memory.start_backoffs and given.snapshot.at >= given.memory.refused_until
     if healthy and count == 0 and not leaving and len(new) == serving and given.target > serving:
         in_place = [r for r in old if not misplaced(given, r)]
         return [] if _room(given, resolved) else victims_of(in_place, 1)

@@ -40,6 +40,15 @@ class CheckpointState(Enum):
     FAILED = "Failed"
 
 
+class HostCopyState(Enum):
+    """How far a copy in host memory is."""
+
+    FILLING = "Filling"
+    COMPLETE = "Complete"
+    DROPPING = "Dropping"
+    FAILED = "Failed"
+
+
 class NodeHealth(Enum):
     """What is known of a node now."""
 
@@ -190,6 +199,31 @@ class NodeFacts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostCopy:
+    """A checkpoint in the host memory of a node."""
+
+    digest: str
+    state: HostCopyState
+    total_bytes: int
+    transfer: Transfer | None = None
+    followers: int = 0
+    """Peers that read it, or would if another source died."""
+    error: str = ""
+    pending: bool = False
+    """Asked for and not yet seen."""
+
+    @property
+    def there(self) -> bool:
+        """It is complete or on its way."""
+        return self.state in {HostCopyState.FILLING, HostCopyState.COMPLETE}
+
+    @property
+    def complete(self) -> bool:
+        """Everything can be read."""
+        return self.state is HostCopyState.COMPLETE
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Node:
     """One node, as its agent told of it last."""
 
@@ -204,6 +238,12 @@ class Node:
     disk_bytes_per_s: int = 0
     """0 means not measured."""
     leaf: str = ""
+    host_pool_bytes: int = 0
+    """Host memory for copies of checkpoints; 0 means that it keeps none."""
+    host_pool_used_bytes: int = 0
+    host_copies: tuple[HostCopy, ...] = ()
+    started_at: float = 0.0
+    """Of its agent."""
     health: NodeHealth = NodeHealth.FRESH
     polled_at: float = 0.0
     """When the question was sent whose answer this is: everything before it is included."""
@@ -218,6 +258,10 @@ class Node:
     def lost(self) -> bool:
         """What it held counts as gone."""
         return self.health is NodeHealth.LOST
+
+    def host_copy(self, digest: str) -> HostCopy | None:
+        """Its copy of a checkpoint in host memory, complete or not."""
+        return next((copy for copy in self.host_copies if copy.digest == digest), None)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -278,11 +322,28 @@ class PendingReplica:
     device_id: str
 
 
-def with_pending(snapshot: Snapshot, pending: Iterable[PendingReplica]) -> Snapshot:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PendingHostCopy:
+    """A host copy that was asked for, or asked away, which may not be visible yet."""
+
+    node: str
+    digest: str
+    total_bytes: int
+    dropped: bool = False
+
+
+def with_pending(
+    snapshot: Snapshot, pending: Iterable[PendingReplica], copies: Iterable[PendingHostCopy] = ()
+) -> Snapshot:
     """The snapshot as it will look once what was asked for is there.
 
     Without this every pass between a question and its visible effect would ask again.
     """
+    for copy in copies:
+        nodes = tuple(
+            _with_host_copy(node, copy) if node.name == copy.node else node for node in snapshot.nodes
+        )
+        snapshot = replace(snapshot, nodes=nodes)
     wanted = {p.replica_id: p for p in pending}
     for replica in snapshot.replicas():
         wanted.pop(replica.replica_id, None)
@@ -318,3 +379,22 @@ def _with_pending(node: Node, pending: list[PendingReplica]) -> Node:
         for device in node.devices
     )
     return replace(node, devices=devices, replicas=node.replicas + replicas)
+
+
+def _with_host_copy(node: Node, pending: PendingHostCopy) -> Node:
+    shown = node.host_copy(pending.digest)
+    if pending.dropped:
+        copies = tuple(
+            replace(c, state=HostCopyState.DROPPING) if c is shown else c for c in node.host_copies
+        )
+        return replace(node, host_copies=copies)
+    if shown is not None:
+        return node
+    copy = HostCopy(
+        digest=pending.digest,
+        state=HostCopyState.FILLING,
+        total_bytes=pending.total_bytes,
+        pending=True,
+    )
+    used = node.host_pool_used_bytes + pending.total_bytes
+    return replace(node, host_copies=(*node.host_copies, copy), host_pool_used_bytes=used)

@@ -51,7 +51,9 @@ def _scaling() -> Schema:
             ),
             "policy": text(
                 "How a new replica comes into service: live executes the layers that it has while the others arrive, "
-                "stop-the-world waits for all of them.",
+                "stop-the-world waits for all of them. host-cache and ttl-cache wait too, and load from the host "
+                "memory of their own node: with host-cache every node keeps a copy, with ttl-cache those that "
+                "served the model lately, and the others load from disk.",
                 default=ScalePolicy.LIVE.value,
                 enum=[policy.value for policy in ScalePolicy],
             ),
@@ -74,7 +76,13 @@ def _scaling() -> Schema:
                         default=10,
                         minimum=0,
                         maximum=86400,
-                    )
+                    ),
+                    "hostCacheSeconds": number(
+                        "With ttl-cache: how long a node keeps a model in host memory that it serves no more.",
+                        default=300,
+                        minimum=0,
+                        maximum=86400,
+                    ),
                 },
             ),
         },

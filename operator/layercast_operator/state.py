@@ -12,7 +12,9 @@ from dataclasses import dataclass, field, replace
 from layercast_operator.actions import (
     Action,
     DrainReplica,
+    DropHostCopy,
     PrepareCheckpoint,
+    StartHostCopy,
     StartReplica,
     StartTransfer,
     StopReplica,
@@ -130,6 +132,16 @@ class ModelMemory:
     scales: tuple[ScaleRecord, ...] = ()
     prepare_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
     start_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
+    host_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
+    """Nodes at which a host copy failed."""
+    served_at: Mapping[str, float] = field(default_factory=dict)
+    """When each node last had a replica, seconds since the epoch."""
+    host_hopeless: str = ""
+    """Why no host copy can be had, in words; empty while one may come."""
+    host_crowded_out: str = ""
+    """Why there is none for now, although it could be had if it were needed."""
+    copy_wanted_since: float | None = None
+    """Since when the last device copy waits to go."""
     live_sources: Mapping[str, str] = field(default_factory=dict)
     feeds: Mapping[str, Feed] = field(default_factory=dict)
     """Who was told to read from whom, by target; what an agent shows of it follows a moment later."""
@@ -177,10 +189,23 @@ def observe(memory: ModelMemory, model: ModelService, snapshot: Snapshot) -> Mod
         prepare_backoffs={
             n: b for n, b in memory.prepare_backoffs.items() if not _is_ready(snapshot, n, model.model.key)
         },
+        host_backoffs={n: b for n, b in memory.host_backoffs.items() if b.until > now - BACKOFF_MAX_S},
+        served_at=_served_at(memory, replicas, snapshot),
         live_sources={t: s for t, s in memory.live_sources.items() if t in ids},
         feeds={t: feed for t, feed in memory.feeds.items() if t in ids},
         errors=tuple(error for error in memory.errors if now - error.at < ERROR_AGE_MAX_S),
     )
+
+
+def _served_at(memory: ModelMemory, replicas: Iterable[Replica], snapshot: Snapshot) -> dict[str, float]:
+    """Nodes that have a replica serve now; so does, after a restart, one with a copy that nobody remembers."""
+    digest = memory.resolved.digest if memory.resolved is not None else ""
+    found = {node.name for node in snapshot.present if node.host_copy(digest) is not None}
+    found -= set(memory.served_at)
+    found |= {replica.node for replica in replicas}
+    known = {node.name for node in snapshot.nodes}
+    kept = {node: at for node, at in memory.served_at.items() if node in known}
+    return {**kept, **dict.fromkeys(found, snapshot.at)}
 
 
 def _is_ready(snapshot: Snapshot, node_name: str, key: str) -> bool:
@@ -300,7 +325,9 @@ def after_actions(
                     start_backoffs=_failed(memory.start_backoffs, action.node, now),
                     errors=(*memory.errors, error)[-ERRORS_MAX:],
                 )
-            case StopReplica() | DrainReplica():
+            case DropHostCopy(failed=True):
+                memory = replace(memory, host_backoffs=_failed(memory.host_backoffs, action.node, now))
+            case StopReplica() | DrainReplica() | StartHostCopy() | DropHostCopy():
                 pass
     return memory
 
@@ -353,6 +380,8 @@ def after_error(memory: ModelMemory, action: Action, *, code: str, text: str, no
     memory = replace(memory, errors=(*memory.errors, error)[-ERRORS_MAX:])
     if refused:
         return replace(memory, refused_until=now + REFUSED_REST_S)
+    if isinstance(action, StartHostCopy):
+        return replace(memory, host_backoffs=_failed(memory.host_backoffs, action.node, now))
     if isinstance(action, StartReplica) and code != "ALREADY_EXISTS":
         return replace(memory, start_backoffs=_failed(memory.start_backoffs, action.node, now))
     return memory

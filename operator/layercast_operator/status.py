@@ -13,6 +13,7 @@ from typing import Any
 from layercast_operator.explanation import explanation
 from layercast_operator.feeding import holders_of
 from layercast_operator.history import rfc3339, scale_json
+from layercast_operator.lastcopies import disk_will_do
 from layercast_operator.modelservice import ModelService
 from layercast_operator.multicast import HolderKind
 from layercast_operator.policy import Rule, counted
@@ -82,6 +83,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
         "selector": selector(model.name),
         "conditions": _condition_list(conditions, memory.conditions, model.generation),
         "replicas": [_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
+        "hostCopies": host_copies(snapshot, memory),
         "lastScale": scales[-1] if scales else None,
         "scales": scales,
         "recommendation": None
@@ -118,6 +120,7 @@ def report_invalid(
         "selector": selector(name),
         "conditions": _condition_list(conditions, changed, 0),
         "replicas": [],
+        "hostCopies": [],
         "lastScale": None,
         "scales": [],
         "recommendation": None,
@@ -277,10 +280,44 @@ def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:
     if places[HolderKind.HOST]:
         message = f"in host memory of {', '.join(places[HolderKind.HOST])}"
         return Condition(type="HostCopyAvailable", status="True", reason="InHostMemory", message=message)
+    filling = [
+        f"{copy['node']} ({100 * copy['doneBytes'] // max(copy['totalBytes'], 1)} %)"
+        for copy in host_copies(snapshot, turn.memory)
+    ]
+    last_resort = disk_will_do(turn.policy, turn.memory, resolved, snapshot)
+    why = f"on its way to {', '.join(filling)}" if filling else last_resort or turn.memory.host_crowded_out
     told = [f"on {kind.value} of {', '.join(nodes)}" for kind, nodes in places.items() if nodes]
-    message = f"none in host memory; {'; '.join(told)}" if told else "nobody holds a complete copy"
-    reason = "ElsewhereOnly" if told else "NoCopy"
+    where = "; ".join(told) if told else "nobody holds a complete copy"
+    message = f"none in host memory: {why}; {where}" if why else f"none in host memory; {where}"
+    only_disk = last_resort and told and not places[HolderKind.DEVICE]
+    reason = (
+        "Filling" if filling else "DiskIsLastResort" if only_disk else "ElsewhereOnly" if told else "NoCopy"
+    )
     return Condition(type="HostCopyAvailable", status="False", reason=reason, message=message)
+
+
+def host_copies(snapshot: Snapshot, memory: ModelMemory) -> list[dict[str, Any]]:
+    """The copies of a model's checkpoint in host memory, one entry a node."""
+    digest = memory.resolved.digest if memory.resolved is not None else ""
+    listed = []
+    for node in snapshot.present:
+        copy = node.host_copy(digest)
+        if copy is None:
+            continue
+        transfer = copy.transfer
+        listed.append(
+            {
+                "node": node.name,
+                "state": copy.state.value,
+                "source": transfer.upstream if transfer is not None else "",
+                "bytesPerSecond": transfer.bytes_per_s if transfer is not None else 0,
+                "doneBytes": transfer.done_bytes if transfer is not None else 0,
+                "totalBytes": copy.total_bytes,
+                "followers": copy.followers,
+                "error": copy.error,
+            }
+        )
+    return listed
 
 
 def _scaling_limited(turn: Turn) -> Condition:

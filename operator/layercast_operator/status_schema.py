@@ -46,6 +46,23 @@ def _replica() -> Schema:
     )
 
 
+def _host_copy() -> Schema:
+    return mapping(
+        "One copy of the checkpoint in the host memory of a node.",
+        {
+            "node": text("Where it is."),
+            "state": text("Filling, Complete, Dropping or Failed."),
+            "source": text("Who it comes from at the moment; empty while it rests."),
+            "bytesPerSecond": int64("Rate at which it arrives, or arrived."),
+            "doneBytes": int64("Parameters that have arrived."),
+            "totalBytes": int64("Parameters in all."),
+            "followers": int32("Peers that read it, or would if another source died."),
+            "error": text("Why it failed."),
+        },
+        required=("node",),
+    )
+
+
 def _scale() -> Schema:
     replica = mapping(
         "One replica that the decision brought: its timeline.",
@@ -113,6 +130,7 @@ def status() -> Schema:
             "selector": text("Label selector for the scale subresource."),
             "conditions": sequence("Statements about the service; Ready sums them up.", _condition(), "type"),
             "replicas": sequence("Each replica.", _replica(), "replicaId"),
+            "hostCopies": sequence("Each copy in host memory.", _host_copy(), "node"),
             "lastScale": _scale(),
             "scales": sequence("The last decisions, oldest first.", _scale()),
             "decision": _decision(),

@@ -62,6 +62,8 @@ def take_turn(
             taken=taken,
         )
     )
+    wanted_since = snapshot.at if memory.copy_wanted_since is None else memory.copy_wanted_since
+    memory = replace(memory, copy_wanted_since=wanted_since if step.waits_for_copy else None)
     return Turn(
         memory=memory,
         decision=decision,

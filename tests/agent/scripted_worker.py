@@ -131,6 +131,7 @@ def main() -> int:
         parser.add_argument(f"--{name}", required=True)
     for name in ("device-memory-bytes", "egress-bytes-per-s", "parent-pid"):
         parser.add_argument(f"--{name}", required=True, type=int)
+    parser.add_argument("--host-memory-socket", required=True)
     parser.add_argument("--cpu-share", required=True, type=float)
     flags = parser.parse_args()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -50,7 +50,9 @@ def start_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[StartClu
 
     @contextmanager
     def start(document: dict[str, Any], **settings: Any) -> Iterator[LocalCluster]:
-        wanted = ClusterSettings(state_dir=folder, services=(document,), **settings)
+        wanted = ClusterSettings(
+            state_dir=folder, services=(document,), **{"host_pool_bytes": 64 << 20, **settings}
+        )
         with LocalCluster(wanted) as cluster:
             yield cluster
 

@@ -63,7 +63,9 @@ async def test_a_death_in_the_middle_of_a_scale_up(
 ) -> None:
     # Recommend: the test itself says when to scale, by spec.replicas, as `layercast scale` does.
     document = service(model_folder, scaling={"min": 1, "max": 3, "mode": "Recommend", "policy": "live"})
-    with start_cluster(document, agents=3, link_bytes_per_s=LINK_BYTES_PER_S, cpu_share=CPU_SHARE) as cluster:
+    with start_cluster(
+        document, agents=3, link_bytes_per_s=LINK_BYTES_PER_S, cpu_share=CPU_SHARE, host_pool_bytes=0
+    ) as cluster:
         await asyncio.to_thread(cluster.wait_ready, MODEL, deadline_s=90)
         async with client_of(cluster) as client:
             reference = await answers(client, PROMPTS, max_tokens=MAX_TOKENS)
@@ -93,7 +95,9 @@ async def test_a_scale_up_that_nobody_disturbs_is_a_live_chain(
     model_folder: Path, start_cluster: StartCluster
 ) -> None:
     document = service(model_folder, scaling={"min": 1, "max": 3, "mode": "Recommend", "policy": "live"})
-    with start_cluster(document, agents=3, link_bytes_per_s=LINK_BYTES_PER_S, cpu_share=CPU_SHARE) as cluster:
+    with start_cluster(
+        document, agents=3, link_bytes_per_s=LINK_BYTES_PER_S, cpu_share=CPU_SHARE, host_pool_bytes=0
+    ) as cluster:
         await asyncio.to_thread(cluster.wait_ready, MODEL, deadline_s=90)
         async with client_of(cluster) as client:
             reference = await answers(client, PROMPTS, max_tokens=MAX_TOKENS)

@@ -248,7 +248,18 @@ def _split(nbytes: int) -> list[range]:
 def open_link(
     request: LinkRequest, *, manifest: Manifest, landing: Landing, token: bytes, connect_deadline_s: float
 ) -> ChunkLink:
-    """A link to whatever the upstream is: this node's files, or a peer."""
+    """A link to whatever the upstream is: this node's files, this node's host memory, or a peer."""
+    if request.upstream.memory_socket is not None:
+        from layercast_agent.transport.shm_link import ShmLink
+
+        return ShmLink(
+            request,
+            manifest=manifest,
+            landing=landing,
+            path=request.upstream.memory_socket,
+            token=token,
+            connect_deadline_s=connect_deadline_s,
+        )
     if request.upstream.local_folder is not None:
         from layercast_agent.transport.disk import DiskLink
 

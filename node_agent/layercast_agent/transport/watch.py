@@ -52,10 +52,15 @@ class ResidencyWatch:
         *,
         address: str,
         manifest: Manifest,
+        host_memory: bool = False,
         on_segments: Callable[[Mapping[int, HeldSegment]], None],
         on_end: Callable[[PeerError], None],
     ) -> None:
-        """Callbacks run in the watch's own thread; `on_end` once, as the last one, unless it was stopped."""
+        """Callbacks run in the watch's own thread; `on_end` once, as the last one, unless it was stopped.
+
+        `host_memory` asks for the copy in the agent's host memory and no other.
+        """
+        self._host_memory = host_memory
         self._manifest = manifest
         self._on_segments = on_segments
         self._on_end = on_end
@@ -92,7 +97,7 @@ class ResidencyWatch:
 
     def _follow(self) -> None:
         stub = peer_pb2_grpc.PeerServiceStub(self._channel)
-        request = peer_pb2.WatchResidencyRequest(digest=self._manifest.digest)
+        request = peer_pb2.WatchResidencyRequest(digest=self._manifest.digest, host_memory=self._host_memory)
         for message in stub.WatchResidency(request):
             if self._stopped.is_set():
                 return

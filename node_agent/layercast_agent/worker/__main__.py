@@ -21,8 +21,11 @@ from layercast.peer.v1alpha1 import peer_pb2_grpc
 from layercast.worker.v1alpha1 import worker_pb2_grpc
 
 from layercast_agent import logs
+from layercast_agent.device import register_host_memory
+from layercast_agent.errors import PeerError
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.regions import RegionTable
+from layercast_agent.transport import shm_link
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 from layercast_agent.worker import settings, warm
 from layercast_agent.worker.control import Assignment, WorkerServicer
@@ -38,6 +41,9 @@ PR_SET_PDEATHSIG = 1
 
 COMPUTE_NICENESS = 5
 """How much a worker on shared cores gives way to agents, gateway and operator."""
+
+MAP_DEADLINE_S = 5.0
+"""For the agent to hand its host pool out."""
 
 MESSAGE_BYTES_MAX = 64 * 2**20
 """Manifests and tokenizers are megabytes; gRPC's default is four."""
@@ -107,6 +113,8 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
     await server.start()
     await control.start()
     await asyncio.to_thread(warm.warm_up, device)
+    if options.host_memory_socket is not None and device.type != "cpu":
+        await asyncio.to_thread(_register_host_memory, options.host_memory_socket, options.token, device)
     assignment.warm = True
     log.info("the worker is warm", extra={"device": options.device, "address": host.address})
     await _until_asked_to_stop()
@@ -114,6 +122,18 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         await assignment.unassign(assignment.replica.spec.replica_id)
     await asyncio.gather(server.stop(1.0), control.stop(1.0))
     data.close()
+
+
+def _register_host_memory(path: Path, token: bytes, device: torch.device) -> None:
+    """Pins the node's host pool for the device's copy engine, now: it takes seconds that no load should wait for."""
+    shm_link.MAPS.register = lambda address, nbytes: register_host_memory(address, nbytes, device)
+    try:
+        mapped = shm_link.map_now(path, token=token, deadline_s=MAP_DEADLINE_S)
+    except PeerError as error:
+        log.warning("the host pool cannot be mapped now", extra={"reason": str(error)})
+        return
+    if mapped.problem:
+        log.warning("host copies take a detour to the device", extra={"reason": mapped.problem})
 
 
 def _make_way(path: Path) -> None:

@@ -144,7 +144,7 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         running = replica.runner
         if running is not None and running.status().transfer_id != request.transfer.transfer_id:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another transfer runs")
-        upstreams = _upstreams(request)
+        upstreams = _upstreams(request, node=self._host.settings.node)
         if not upstreams:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a transfer needs an upstream")
         replica.begin_transfer(request.transfer, upstreams)
@@ -172,7 +172,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return pb.UnassignReplicaResponse()
 
 
-def _upstreams(request: pb.BeginTransferRequest) -> list[UpstreamSpec]:
+def _upstreams(request: pb.BeginTransferRequest, *, node: str) -> list[UpstreamSpec]:
+    """As the operator listed them; the agent of this node is read through its memory when that has a copy."""
+    memory = Path(request.host_memory_path) if request.host_memory_path else None
     specs = []
     for upstream in request.transfer.upstreams:
         if upstream.local_disk and request.local_disk_path:
@@ -180,6 +182,11 @@ def _upstreams(request: pb.BeginTransferRequest) -> list[UpstreamSpec]:
         elif not upstream.local_disk:
             peer = upstream.peer
             specs.append(
-                UpstreamSpec(peer_id=peer.peer_id, address=peer.address, data_address=peer.data_address)
+                UpstreamSpec(
+                    peer_id=peer.peer_id,
+                    address=peer.address,
+                    data_address=peer.data_address,
+                    memory_socket=memory if peer.peer_id == node else None,
+                )
             )
     return specs

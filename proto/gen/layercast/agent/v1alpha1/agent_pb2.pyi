@@ -25,6 +25,38 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _HostCopyState:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _HostCopyStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_HostCopyState.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    HOST_COPY_STATE_UNSPECIFIED: _HostCopyState.ValueType  # 0
+    """Never sent."""
+    HOST_COPY_STATE_FILLING: _HostCopyState.ValueType  # 1
+    """On its way; what is verified can be read."""
+    HOST_COPY_STATE_COMPLETE: _HostCopyState.ValueType  # 2
+    """All of it can be read."""
+    HOST_COPY_STATE_DROPPING: _HostCopyState.ValueType  # 3
+    """Refuses new reads; its memory is not free yet."""
+    HOST_COPY_STATE_FAILED: _HostCopyState.ValueType  # 4
+    """Cannot go on; `error` says why."""
+
+class HostCopyState(_HostCopyState, metaclass=_HostCopyStateEnumTypeWrapper):
+    """HostCopyState says how far a host copy is."""
+
+HOST_COPY_STATE_UNSPECIFIED: HostCopyState.ValueType  # 0
+"""Never sent."""
+HOST_COPY_STATE_FILLING: HostCopyState.ValueType  # 1
+"""On its way; what is verified can be read."""
+HOST_COPY_STATE_COMPLETE: HostCopyState.ValueType  # 2
+"""All of it can be read."""
+HOST_COPY_STATE_DROPPING: HostCopyState.ValueType  # 3
+"""Refuses new reads; its memory is not free yet."""
+HOST_COPY_STATE_FAILED: HostCopyState.ValueType  # 4
+"""Cannot go on; `error` says why."""
+Global___HostCopyState: _TypeAlias = HostCopyState  # noqa: Y015
+
 class _WorkerState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -161,6 +193,8 @@ class GetStatusResponse(_message.Message):
     EGRESS_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     DISK_BYTES_PER_S_FIELD_NUMBER: _builtins.int
     LEAF_FIELD_NUMBER: _builtins.int
+    HOST_POOL_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Name of the node."""
     instance_id: _builtins.str
@@ -187,6 +221,14 @@ class GetStatusResponse(_message.Message):
     def replicas(self) -> _containers.RepeatedCompositeFieldContainer[Global___Replica]:
         """Replicas on this node's devices."""
 
+    @_builtins.property
+    def host_pool(self) -> Global___HostPool:
+        """Host memory for copies of checkpoints."""
+
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """When this agent started."""
+
     def __init__(
         self,
         *,
@@ -199,14 +241,122 @@ class GetStatusResponse(_message.Message):
         egress_bytes_per_s: _builtins.int = ...,
         disk_bytes_per_s: _builtins.int = ...,
         leaf: _builtins.str = ...,
+        host_pool: Global___HostPool | None = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_pool", b"host_pool", "peer", b"peer", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "instance_id", b"instance_id", "leaf", b"leaf", "node", b"node", "peer", b"peer", "replicas", b"replicas"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "host_pool", b"host_pool", "instance_id", b"instance_id", "leaf", b"leaf", "node", b"node", "peer", b"peer", "replicas", b"replicas", "started_at", b"started_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class HostPool(_message.Message):
+    """HostPool is the host memory that a node keeps for copies of checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    TOUCHED_BYTES_FIELD_NUMBER: _builtins.int
+    HUGE_PAGES_FIELD_NUMBER: _builtins.int
+    COPIES_FIELD_NUMBER: _builtins.int
+    capacity_bytes: _builtins.int
+    """Bytes in all; 0 when this node keeps no copies."""
+    used_bytes: _builtins.int
+    """Bytes that copies take, complete or not."""
+    touched_bytes: _builtins.int
+    """Bytes whose memory pages are there; grows to the capacity after the start."""
+    huge_pages: _builtins.bool
+    """In huge pages."""
+    @_builtins.property
+    def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostCopy]:
+        """The copies."""
+
+    def __init__(
+        self,
+        *,
+        capacity_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        touched_bytes: _builtins.int = ...,
+        huge_pages: _builtins.bool = ...,
+        copies: _abc.Iterable[Global___HostCopy] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "copies", b"copies", "huge_pages", b"huge_pages", "touched_bytes", b"touched_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostPool: _TypeAlias = HostPool  # noqa: Y015
+
+@_typing.final
+class HostCopy(_message.Message):
+    """HostCopy is one checkpoint in host memory."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    SEGMENTS_RESIDENT_FIELD_NUMBER: _builtins.int
+    TRANSFER_FIELD_NUMBER: _builtins.int
+    FOLLOWERS_FIELD_NUMBER: _builtins.int
+    READERS_FIELD_NUMBER: _builtins.int
+    STARTED_AT_FIELD_NUMBER: _builtins.int
+    COMPLETE_AT_FIELD_NUMBER: _builtins.int
+    ERROR_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The checkpoint."""
+    state: Global___HostCopyState.ValueType
+    """How far it is."""
+    total_bytes: _builtins.int
+    """Size of the checkpoint."""
+    followers: _builtins.int
+    """Peers that follow it, as their source or as an alternative."""
+    readers: _builtins.int
+    """Reads of chunks at the moment."""
+    error: _builtins.str
+    """What is wrong, in words; empty when nothing is."""
+    @_builtins.property
+    def segments_resident(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bool]:
+        """Verified segments, in the manifest's order: true when resident."""
+
+    @_builtins.property
+    def transfer(self) -> Global___Transfer:
+        """How it is or was filled; its transfer_id is the digest."""
+
+    @_builtins.property
+    def started_at(self) -> _timestamp_pb2.Timestamp:
+        """When it was asked for."""
+
+    @_builtins.property
+    def complete_at(self) -> _timestamp_pb2.Timestamp:
+        """When its last segment was verified; absent means not yet."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        state: Global___HostCopyState.ValueType = ...,
+        total_bytes: _builtins.int = ...,
+        segments_resident: _abc.Iterable[_builtins.bool] | None = ...,
+        transfer: Global___Transfer | None = ...,
+        followers: _builtins.int = ...,
+        readers: _builtins.int = ...,
+        started_at: _timestamp_pb2.Timestamp | None = ...,
+        complete_at: _timestamp_pb2.Timestamp | None = ...,
+        error: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["complete_at", b"complete_at", "started_at", b"started_at", "transfer", b"transfer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete_at", b"complete_at", "digest", b"digest", "error", b"error", "followers", b"followers", "readers", b"readers", "segments_resident", b"segments_resident", "started_at", b"started_at", "state", b"state", "total_bytes", b"total_bytes", "transfer", b"transfer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HostCopy: _TypeAlias = HostCopy  # noqa: Y015
 
 @_typing.final
 class Device(_message.Message):
@@ -920,3 +1070,97 @@ class StopReplicaResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StopReplicaResponse: _TypeAlias = StopReplicaResponse  # noqa: Y015
+
+@_typing.final
+class StartHostCopyRequest(_message.Message):
+    """StartHostCopyRequest describes a host copy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    GENERATION_FIELD_NUMBER: _builtins.int
+    UPSTREAMS_FIELD_NUMBER: _builtins.int
+    MANIFEST_PEER_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The checkpoint."""
+    generation: _builtins.int
+    """Higher replaces lower."""
+    @_builtins.property
+    def upstreams(self) -> _containers.RepeatedCompositeFieldContainer[Global___Upstream]:
+        """Best first; none lets the copy rest."""
+
+    @_builtins.property
+    def manifest_peer(self) -> _peer_pb2.Peer:
+        """Where the manifest is when this node's disk does not hold it."""
+
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+        generation: _builtins.int = ...,
+        upstreams: _abc.Iterable[Global___Upstream] | None = ...,
+        manifest_peer: _peer_pb2.Peer | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["manifest_peer", b"manifest_peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "generation", b"generation", "manifest_peer", b"manifest_peer", "upstreams", b"upstreams"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartHostCopyRequest: _TypeAlias = StartHostCopyRequest  # noqa: Y015
+
+@_typing.final
+class StartHostCopyResponse(_message.Message):
+    """StartHostCopyResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StartHostCopyResponse: _TypeAlias = StartHostCopyResponse  # noqa: Y015
+
+@_typing.final
+class DropHostCopyRequest(_message.Message):
+    """DropHostCopyRequest names a host copy."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """The checkpoint."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropHostCopyRequest: _TypeAlias = DropHostCopyRequest  # noqa: Y015
+
+@_typing.final
+class DropHostCopyResponse(_message.Message):
+    """DropHostCopyResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DropHostCopyResponse: _TypeAlias = DropHostCopyResponse  # noqa: Y015

@@ -65,6 +65,16 @@ class AgentServiceStub(object):
                 request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaRequest.SerializeToString,
                 response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaResponse.FromString,
                 _registered_method=True)
+        self.StartHostCopy = channel.unary_unary(
+                '/layercast.agent.v1alpha1.AgentService/StartHostCopy',
+                request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyRequest.SerializeToString,
+                response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyResponse.FromString,
+                _registered_method=True)
+        self.DropHostCopy = channel.unary_unary(
+                '/layercast.agent.v1alpha1.AgentService/DropHostCopy',
+                request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyRequest.SerializeToString,
+                response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyResponse.FromString,
+                _registered_method=True)
 
 
 class AgentServiceServicer(object):
@@ -144,6 +154,39 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def StartHostCopy(self, request, context):
+        """StartHostCopy keeps a copy of a checkpoint in this node's host memory, filled
+        from the given upstreams in order of preference; peers may read it from its
+        first verified chunk on. There is at most one copy of a checkpoint on a node,
+        so its name is the digest. A higher generation replaces the upstreams and
+        keeps what has arrived; the same or a lower one changes nothing. Without
+        upstreams the copy rests: it keeps what it has.
+        Post-condition: the copy is in GetStatus. A copy that failed is made anew.
+
+        | condition                          | code                | the caller then                 |
+        |------------------------------------|---------------------|---------------------------------|
+        | the pool has not so much free      | RESOURCE_EXHAUSTED  | observes again, places elsewhere|
+        | this node has no host pool         | FAILED_PRECONDITION | places elsewhere                |
+        | manifest not obtainable            | UNAVAILABLE         | tries again with another peer   |
+        | the copy is being dropped          | ABORTED             | observes again                  |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DropHostCopy(self, request, context):
+        """DropHostCopy gives the memory back: new reads are refused at once and peers
+        that follow the copy are sent away, the memory is free when those that read a
+        chunk at the moment have it. Unknown digests succeed.
+
+        | condition                          | code                | the caller then                 |
+        |------------------------------------|---------------------|---------------------------------|
+        | somebody still reads               | UNAVAILABLE         | asks again                      |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_AgentServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -176,6 +219,16 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.StopReplica,
                     request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaRequest.FromString,
                     response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaResponse.SerializeToString,
+            ),
+            'StartHostCopy': grpc.unary_unary_rpc_method_handler(
+                    servicer.StartHostCopy,
+                    request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyRequest.FromString,
+                    response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyResponse.SerializeToString,
+            ),
+            'DropHostCopy': grpc.unary_unary_rpc_method_handler(
+                    servicer.DropHostCopy,
+                    request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyRequest.FromString,
+                    response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -341,6 +394,60 @@ class AgentService(object):
             '/layercast.agent.v1alpha1.AgentService/StopReplica',
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaRequest.SerializeToString,
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StopReplicaResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def StartHostCopy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.agent.v1alpha1.AgentService/StartHostCopy',
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyRequest.SerializeToString,
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartHostCopyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DropHostCopy(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.agent.v1alpha1.AgentService/DropHostCopy',
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyRequest.SerializeToString,
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DropHostCopyResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -86,6 +86,31 @@ class AgentServiceStub:
     gateways. Memory that a peer still reads is freed after it. Unknown ids
     succeed.
     """
+    StartHostCopy: _grpc.UnaryUnaryMultiCallable[_agent_pb2.StartHostCopyRequest, _agent_pb2.StartHostCopyResponse]
+    """StartHostCopy keeps a copy of a checkpoint in this node's host memory, filled
+    from the given upstreams in order of preference; peers may read it from its
+    first verified chunk on. There is at most one copy of a checkpoint on a node,
+    so its name is the digest. A higher generation replaces the upstreams and
+    keeps what has arrived; the same or a lower one changes nothing. Without
+    upstreams the copy rests: it keeps what it has.
+    Post-condition: the copy is in GetStatus. A copy that failed is made anew.
+
+    | condition                          | code                | the caller then                 |
+    |------------------------------------|---------------------|---------------------------------|
+    | the pool has not so much free      | RESOURCE_EXHAUSTED  | observes again, places elsewhere|
+    | this node has no host pool         | FAILED_PRECONDITION | places elsewhere                |
+    | manifest not obtainable            | UNAVAILABLE         | tries again with another peer   |
+    | the copy is being dropped          | ABORTED             | observes again                  |
+    """
+    DropHostCopy: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DropHostCopyRequest, _agent_pb2.DropHostCopyResponse]
+    """DropHostCopy gives the memory back: new reads are refused at once and peers
+    that follow the copy are sent away, the memory is free when those that read a
+    chunk at the moment have it. Unknown digests succeed.
+
+    | condition                          | code                | the caller then                 |
+    |------------------------------------|---------------------|---------------------------------|
+    | somebody still reads               | UNAVAILABLE         | asks again                      |
+    """
 
 @_typing.type_check_only
 class AgentServiceAsyncStub(AgentServiceStub):
@@ -140,6 +165,31 @@ class AgentServiceAsyncStub(AgentServiceStub):
     """StopReplica frees the device; requests that are left go back to their
     gateways. Memory that a peer still reads is freed after it. Unknown ids
     succeed.
+    """
+    StartHostCopy: _aio.UnaryUnaryMultiCallable[_agent_pb2.StartHostCopyRequest, _agent_pb2.StartHostCopyResponse]  # type: ignore[assignment]
+    """StartHostCopy keeps a copy of a checkpoint in this node's host memory, filled
+    from the given upstreams in order of preference; peers may read it from its
+    first verified chunk on. There is at most one copy of a checkpoint on a node,
+    so its name is the digest. A higher generation replaces the upstreams and
+    keeps what has arrived; the same or a lower one changes nothing. Without
+    upstreams the copy rests: it keeps what it has.
+    Post-condition: the copy is in GetStatus. A copy that failed is made anew.
+
+    | condition                          | code                | the caller then                 |
+    |------------------------------------|---------------------|---------------------------------|
+    | the pool has not so much free      | RESOURCE_EXHAUSTED  | observes again, places elsewhere|
+    | this node has no host pool         | FAILED_PRECONDITION | places elsewhere                |
+    | manifest not obtainable            | UNAVAILABLE         | tries again with another peer   |
+    | the copy is being dropped          | ABORTED             | observes again                  |
+    """
+    DropHostCopy: _aio.UnaryUnaryMultiCallable[_agent_pb2.DropHostCopyRequest, _agent_pb2.DropHostCopyResponse]  # type: ignore[assignment]
+    """DropHostCopy gives the memory back: new reads are refused at once and peers
+    that follow the copy are sent away, the memory is free when those that read a
+    chunk at the moment have it. Unknown digests succeed.
+
+    | condition                          | code                | the caller then                 |
+    |------------------------------------|---------------------|---------------------------------|
+    | somebody still reads               | UNAVAILABLE         | asks again                      |
     """
 
 class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
@@ -228,6 +278,43 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         """StopReplica frees the device; requests that are left go back to their
         gateways. Memory that a peer still reads is freed after it. Unknown ids
         succeed.
+        """
+
+    @_abc_1.abstractmethod
+    def StartHostCopy(
+        self,
+        request: _agent_pb2.StartHostCopyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.StartHostCopyResponse, _abc.Awaitable[_agent_pb2.StartHostCopyResponse]]:
+        """StartHostCopy keeps a copy of a checkpoint in this node's host memory, filled
+        from the given upstreams in order of preference; peers may read it from its
+        first verified chunk on. There is at most one copy of a checkpoint on a node,
+        so its name is the digest. A higher generation replaces the upstreams and
+        keeps what has arrived; the same or a lower one changes nothing. Without
+        upstreams the copy rests: it keeps what it has.
+        Post-condition: the copy is in GetStatus. A copy that failed is made anew.
+
+        | condition                          | code                | the caller then                 |
+        |------------------------------------|---------------------|---------------------------------|
+        | the pool has not so much free      | RESOURCE_EXHAUSTED  | observes again, places elsewhere|
+        | this node has no host pool         | FAILED_PRECONDITION | places elsewhere                |
+        | manifest not obtainable            | UNAVAILABLE         | tries again with another peer   |
+        | the copy is being dropped          | ABORTED             | observes again                  |
+        """
+
+    @_abc_1.abstractmethod
+    def DropHostCopy(
+        self,
+        request: _agent_pb2.DropHostCopyRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.DropHostCopyResponse, _abc.Awaitable[_agent_pb2.DropHostCopyResponse]]:
+        """DropHostCopy gives the memory back: new reads are refused at once and peers
+        that follow the copy are sent away, the memory is free when those that read a
+        chunk at the moment have it. Unknown digests succeed.
+
+        | condition                          | code                | the caller then                 |
+        |------------------------------------|---------------------|---------------------------------|
+        | somebody still reads               | UNAVAILABLE         | asks again                      |
         """
 
 def add_AgentServiceServicer_to_server(servicer: AgentServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

@@ -130,16 +130,22 @@ class WatchResidencyRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_FIELD_NUMBER: _builtins.int
     digest: _builtins.str
     """Digest of the checkpoint."""
+    host_memory: _builtins.bool
+    """Only a copy in the agent's host memory will do, complete or not: the caller
+    is on the same machine and reads it where it lies.
+    """
     def __init__(
         self,
         *,
         digest: _builtins.str = ...,
+        host_memory: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "host_memory", b"host_memory"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -149,8 +149,13 @@ class BeginTransferRequest(_message.Message):
 
     TRANSFER_FIELD_NUMBER: _builtins.int
     LOCAL_DISK_PATH_FIELD_NUMBER: _builtins.int
+    HOST_MEMORY_PATH_FIELD_NUMBER: _builtins.int
     local_disk_path: _builtins.str
     """Folder of the packed checkpoint, when this node's disk has it."""
+    host_memory_path: _builtins.str
+    """Unix socket of the agent's host memory, when it holds the checkpoint: the
+    upstream that is the agent itself is then read without the network.
+    """
     @_builtins.property
     def transfer(self) -> _agent_pb2.StartTransferRequest:
         """As the operator gave it."""
@@ -160,10 +165,11 @@ class BeginTransferRequest(_message.Message):
         *,
         transfer: _agent_pb2.StartTransferRequest | None = ...,
         local_disk_path: _builtins.str = ...,
+        host_memory_path: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["local_disk_path", b"local_disk_path", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["host_memory_path", b"host_memory_path", "local_disk_path", b"local_disk_path", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
