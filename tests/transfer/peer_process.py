@@ -1,8 +1,8 @@
 """One node of a chain as a process of its own: serves a synthetic checkpoint, and loads it if it is not the source.
 
 Takes its settings as JSON in argv[1]. Says one JSON object a line on stdout: `ready` with its addresses, then
-`segment` and `complete` with the time of the machine's monotonic clock. Commands on stdin: `corrupt SEGMENT`
-alters a byte of a segment that it holds; the end of stdin ends it.
+`segment` and `complete` with the time of the machine's monotonic clock. Commands on stdin: `load` begins its
+transfer, `corrupt SEGMENT` alters a byte of a segment that it holds; the end of stdin ends it.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import importlib.util
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -70,9 +71,7 @@ async def run(settings: dict[str, Any]) -> None:
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     say("ready", address=f"127.0.0.1:{port}", data_address=data.address)
-    if not source:
-        start_transfer(settings, checkpoint, memories, residency)
-    await obey_stdin(memories)
+    await obey_stdin(memories, lambda: start_transfer(settings, checkpoint, memories, residency))
     await server.stop(0)
     data.close()
 
@@ -107,15 +106,18 @@ def start_transfer(settings: dict[str, Any], checkpoint: Any, memories: Any, res
     runner.start()
 
 
-async def obey_stdin(memories: Any) -> None:
+async def obey_stdin(memories: Any, load: Callable[[], None]) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
     while line := await reader.readline():
-        _, segment = line.decode().split()
-        memories[int(segment)].staging(0, 1)[0] ^= 1
-        say("corrupted", segment=int(segment))
+        match line.decode().split():
+            case ["load"]:
+                load()
+            case ["corrupt", segment]:
+                memories[int(segment)].staging(0, 1)[0] ^= 1
+                say("corrupted", segment=int(segment))
 
 
 if __name__ == "__main__":

@@ -260,7 +260,10 @@ def test_frames_that_are_no_requests_are_refused(frame: bytes) -> None:
         ReadRequest.unpack(frame)
 
 
-@pytest.mark.parametrize("frame", [b"\xff" * wire.RESPONSE_BYTES, b"\x02" + b"\x00" * 7 + b"\x01" * 8])
+@pytest.mark.parametrize(
+    "frame",
+    [b"\xff" * wire.RESPONSE_BYTES, (b"\x02" + b"\x00" * 7 + b"\x01" * 8).ljust(wire.RESPONSE_BYTES, b"\0")],
+)
 def test_frames_that_are_no_responses_are_refused(frame: bytes) -> None:
     with pytest.raises(PeerRefusedError):
         ResponseHeader.unpack(frame)

@@ -59,6 +59,8 @@ class TcpServer:
             raise AgentError(
                 f"cannot listen on data address {self._host}:{self._port}: {error.strerror}"
             ) from error
+        # Connections inherit it. Set on them it would come too late: one that began with bbr is paced for ever.
+        wire.tune(self._listener)
         self._port = self._listener.getsockname()[1]
         self._acceptor = threading.Thread(target=self._accept, name="data-accept", daemon=True)
         self._acceptor.start()
@@ -134,12 +136,16 @@ class TcpServer:
 
     def _send(self, sock: socket.socket, request: ReadRequest, view: memoryview) -> None:
         header = ResponseHeader(status=Status.OK, request_id=request.request_id, nbytes=len(view))
-        sock.sendall(header.pack(), socket.MSG_MORE if len(view) else 0)
         slice_bytes = SLICE_BYTES if self._limiter.limits else max(len(view), 1)
-        for start in range(0, len(view), slice_bytes):
+        frame = header.pack()
+        for start in range(0, max(len(view), 1), slice_bytes):
             part = view[start : start + slice_bytes]
             self._limiter.take(len(part), urgent=request.urgent)
-            sock.sendall(part)
+            sent = sock.sendmsg([frame, part])  # one call: the second would cost as much as some 50 KiB
+            if sent < len(frame) + len(part):
+                sock.sendall(frame[sent:])
+                sock.sendall(part[max(0, sent - len(frame)) :])
+            frame = b""
 
 
 def _refuse(sock: socket.socket, request: ReadRequest, status: Status, reason: str) -> None:

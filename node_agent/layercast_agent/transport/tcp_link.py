@@ -1,12 +1,12 @@
 """A link to a peer: residency by gRPC, chunks by pipelined reads on two TCP connections.
 
 One stream is one core of each end, so a chunk travels as halves, one a stream: unlike whole chunks side by side
-that keeps their order, and the next hop of a chain waits no longer for its first chunk. Each half's crc32 is
-computed while it comes, as its bytes are still in the cache.
+that keeps their order, and the next hop of a chain waits no longer for its first chunk. A half is one call into
+the kernel and one crc32 (in smaller pieces, waking the interpreter costs more than a warm cache saves).
 
 Threads: one a stream receives straight into the target's memory, the first of them also connects; the watch
-tells what the peer holds. `fetch` only writes small frames, so the transfer's own thread never waits for the
-network.
+tells what the peer holds, and connects meanwhile. `fetch` only writes small frames, so the transfer's own thread
+never waits for the network.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from layercast_agent.transport.landing import Landing
 from layercast_agent.transport.watch import HeldSegment, ResidencyWatch
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
 
-RECEIVE_BYTES = 256 * 1024  # progress is told, and an end noticed, at this grain
+PROGRESS_S = 0.25  # a receive that is not done by then tells how far it came
 STREAMS = 2
 SPLIT_BYTES_MIN = 128 * 1024  # smaller chunks travel whole: their halves would be mostly waiting
 
@@ -79,6 +79,7 @@ class TcpLink:
         self._next_request_id = 0
         self._close_reason = ""
         self._connected = False
+        self._settled = threading.Event()  # the streams are open, or will never be
         self._watch = ResidencyWatch(
             address=request.upstream.address,
             manifest=manifest,
@@ -122,17 +123,19 @@ class TcpLink:
             for stream in self._streams:
                 with contextlib.suppress(OSError):
                     stream.socket.shutdown(socket.SHUT_RDWR)
+        self._settled.set()
         self._watch.stop()
 
     def _run(self) -> None:
         others: list[threading.Thread] = []
         with self._ending():
+            self._watch.start()
             for _ in range(STREAMS):
                 self._open_stream()
             for stream in self._streams[1:]:
                 others.append(threading.Thread(target=self._receive, args=(stream,), daemon=True))
                 others[-1].start()
-            self._watch.start()
+            self._settled.set()
             self._receive(self._streams[0])
         for thread in others:
             thread.join()
@@ -167,6 +170,7 @@ class TcpLink:
         self._check_open()
         tcp.connect(sock, address, token=self._token, deadline=Deadline(self._connect_deadline_s))
         sock.settimeout(None)  # the transfer watches progress and closes what does not move
+        wire.receive_in_turns(sock, PROGRESS_S)
         self._check_open()
 
     def _check_open(self) -> None:
@@ -175,7 +179,10 @@ class TcpLink:
                 raise PeerLostError(self._close_reason)
 
     def _on_segments(self, segments: Mapping[int, HeldSegment]) -> None:
+        self._settled.wait()  # whatever ends the link ends this too
         with self._lock:
+            if self._close_reason:
+                return
             self._regions.update({number: held.region for number, held in segments.items()})
         if not self._connected:
             self._connected = True
@@ -189,7 +196,9 @@ class TcpLink:
                 self._receive_answer(stream)
 
     def _receive_answer(self, stream: _Stream) -> None:
-        header = ResponseHeader.unpack(wire.receive_bytes(stream.socket, wire.RESPONSE_BYTES))
+        frame = bytearray(wire.RESPONSE_BYTES)
+        self._fill(stream, memoryview(frame))
+        header = ResponseHeader.unpack(frame)
         with self._lock:
             request_id, arrival, number = (
                 stream.outstanding.popleft() if stream.outstanding else (-1, None, 0)
@@ -200,29 +209,29 @@ class TcpLink:
                 arrival.staged = self._landing.staging(arrival.chunk)
             staged = arrival.staged
         if header.status is not Status.OK:
-            text = wire.receive_bytes(stream.socket, header.nbytes)
+            text = bytearray(header.nbytes)
+            self._fill(stream, memoryview(text))
             arrival.refusal = str(tcp.refusal(header, text))
         else:
             part = arrival.parts[number]
             if header.nbytes != len(part):
                 raise PeerLostError(f"the peer answered {header.nbytes} bytes for part of {arrival.chunk}")
-            arrival.crcs[number] = self._receive_part(stream, staged[part.start : part.stop])
+            arrival.crcs[number] = self._fill(stream, staged[part.start : part.stop])
         with self._lock:
             arrival.left -= 1
             last = not arrival.left
         if last:
             self._settle(arrival, staged)
 
-    def _receive_part(self, stream: _Stream, view: memoryview) -> int:
-        """Fill `view`; returns its crc32."""
-        crc = 0
-        for start in range(0, len(view), RECEIVE_BYTES):
+    def _fill(self, stream: _Stream, view: memoryview) -> int:
+        """Fill `view` from the stream, telling how far it is; returns its crc32."""
+        done = 0
+        while done < len(view):
             self._check_open()
-            piece = view[start : start + RECEIVE_BYTES]
-            wire.receive_exactly(stream.socket, piece)
-            stream.received_bytes += len(piece)
-            crc = crc32(piece, crc)
-        return crc
+            count = wire.receive_turn(stream.socket, view[done:])
+            done += count
+            stream.received_bytes += count
+        return crc32(view)
 
     def _settle(self, arrival: _Arrival, staged: memoryview) -> None:
         link, chunk = self._request.link, arrival.chunk
