@@ -49,6 +49,12 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
     flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
+    flag(
+        "tls-dir",
+        "folder with ca.crt, tls.crt, tls.key of agent.layercast.internal; empty: no TLS",
+        default="",
+        kind=lambda text: Path(text) if text else None,
+    )
     flag("cpu-share", "share of one core that a CPU device may use, in (0, 1]", default="1", kind=float)
     flag(
         "cpu-cores", "cores of the workers, such as 0,1; empty leaves them unpinned", default="", kind=_cores

@@ -29,6 +29,7 @@ from layercast_agent.health import DEFAULT_LIMITS, WorkerLimits
 from layercast_agent.host_copies import HostCopies
 from layercast_agent.peer_manifest import fetch_manifest
 from layercast_agent.settings import AgentSettings, device_slots
+from layercast_agent.tls import Tls
 from layercast_agent.workers import CommandError, Worker, WorkerLostError
 
 log = logging.getLogger(__name__)
@@ -76,6 +77,7 @@ class Agent:
         settings: AgentSettings,
         checkpoints: Checkpoints,
         host_copies: HostCopies,
+        tls: Tls | None = None,
         limits: WorkerLimits = DEFAULT_LIMITS,
         deadlines: CommandDeadlines = DEFAULT_DEADLINES,
     ) -> None:
@@ -93,6 +95,7 @@ class Agent:
         self._started_at.GetCurrentTime()
         self._settings = settings
         self._deadlines = deadlines
+        self._tls = tls
         self._assignments: dict[str, _Assignment] = {}
         self._failed: dict[str, pb.Replica] = {}
         self._commands: set[asyncio.Task[None]] = set()
@@ -231,7 +234,10 @@ class Agent:
             return held.manifest.to_json(), held.files
         try:
             return await fetch_manifest(
-                request.manifest_peer, digest=request.digest, deadline_s=self._deadlines.manifest_s
+                request.manifest_peer,
+                digest=request.digest,
+                deadline_s=self._deadlines.manifest_s,
+                tls=self._tls,
             )
         except PeerError as error:
             raise CommandError(grpc.StatusCode.UNAVAILABLE, str(error)) from error

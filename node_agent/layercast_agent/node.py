@@ -32,6 +32,7 @@ from layercast_agent.server import wire_server
 from layercast_agent.settings import AgentSettings, SettingsError, parse_address
 from layercast_agent.store import Store
 from layercast_agent.transport.shm import ShmServer
+from layercast_agent.tls import Tls, TlsError, bind
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 
 log = logging.getLogger(__name__)
@@ -77,6 +78,7 @@ async def running(
     """
     settings.check()
     token = _read_token(settings.token_file)
+    tls = _read_certificates(settings.tls_dir)
     _writable_folder(settings.store_dir, flag="--store-dir")
     _writable_folder(settings.run_dir, flag="--run-dir")
     regions, holdings = RegionTable(), Holdings()
@@ -91,14 +93,15 @@ async def running(
             host_copies=HostCopies(
                 node=settings.node, pool=pool, checkpoints=checkpoints, socket=settings.memory_socket
             ),
+            tls=tls,
             limits=limits,
             deadlines=deadlines,
         )
         if pool.arena.nbytes:
             _serve_memory(settings, regions, pool.arena, token, stack)
-        agent.peer.data_address = _serve_data(settings, regions, token, stack)
-        wire = wire_server(agent, holdings)
-        agent.peer.address = _bind(wire, settings.listen)
+        agent.peer.data_address = _serve_data(settings, regions, token, tls, stack)
+        wire = wire_server(agent, holdings, tls)
+        agent.peer.address = _bind(wire, settings.listen, tls)
         metrics_port = _serve_metrics(settings, agent, stack)
 
         await asyncio.to_thread(checkpoints.start)
@@ -122,12 +125,16 @@ async def _end_workers(agent: Agent, runs: tuple[asyncio.Task[None], ...]) -> No
 
 
 def _serve_data(
-    settings: AgentSettings, regions: RegionTable, token: bytes, stack: contextlib.AsyncExitStack
+    settings: AgentSettings,
+    regions: RegionTable,
+    token: bytes,
+    tls: Tls | None,
+    stack: contextlib.AsyncExitStack,
 ) -> str:
     """Starts the data plane; returns its host:port."""
     host, port = parse_address(settings.data_listen, flag="--data-listen")
     limiter = EgressLimiter(settings.egress_bytes_per_s or None)
-    server = TcpServer(regions, token=token, host=host.strip("[]"), port=port, limiter=limiter)
+    server = TcpServer(regions, token=token, host=host.strip("[]"), port=port, limiter=limiter, tls=tls)
     try:
         server.start()
     except AgentError as error:
@@ -183,7 +190,7 @@ def _serve_metrics(settings: AgentSettings, agent: Agent, stack: contextlib.Asyn
     return server.port
 
 
-def _bind(wire: grpc.aio.Server, address: str) -> str:
+def _bind(wire: grpc.aio.Server, address: str, tls: Tls | None) -> str:
     """Binds the gRPC server; returns its host:port."""
     host, port = parse_address(address, flag="--listen")
     try:
@@ -192,7 +199,7 @@ def _bind(wire: grpc.aio.Server, address: str) -> str:
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host.strip("[]"), port))
-        return f"{host}:{wire.add_insecure_port(address)}"
+        return f"{host}:{bind(wire, address, tls)}"
     except (OSError, RuntimeError) as error:
         raise _cannot_listen("--listen", address, error) from error
 
@@ -213,6 +220,13 @@ def _read_token(path: Path) -> bytes:
     if not token:
         raise SettingsError(f"--token-file {path}: is empty.")
     return token
+
+
+def _read_certificates(folder: Path | None) -> Tls | None:
+    try:
+        return None if folder is None else Tls(folder)
+    except TlsError as error:
+        raise SettingsError(f"--tls-dir {error}.") from error
 
 
 def _writable_folder(path: Path, *, flag: str) -> None:

@@ -14,6 +14,7 @@ from layercast.peer.v1alpha1 import peer_pb2, peer_pb2_grpc
 
 from layercast_agent.errors import CheckpointError, PeerLostError, PeerRefusedError
 from layercast_agent.layout import Manifest
+from layercast_agent.tls import Tls, aio_channel
 
 MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 """A manifest and its small files in one message: tokenizers of 30 MB exist."""
@@ -25,7 +26,7 @@ MESSAGE_OPTIONS = (
 
 
 async def fetch_manifest(
-    peer: peer_pb2.Peer, *, digest: str, deadline_s: float
+    peer: peer_pb2.Peer, *, digest: str, deadline_s: float, tls: Tls | None = None
 ) -> tuple[bytes, Mapping[str, bytes]]:
     """PeerService.GetManifest of `peer`: the manifest as JSON, and the small files by name.
 
@@ -36,7 +37,7 @@ async def fetch_manifest(
         raise PeerLostError(f"checkpoint {digest} is not on this node's disk, and no manifest_peer is given")
     request = peer_pb2.GetManifestRequest(digest=digest)
     try:
-        async with grpc.aio.insecure_channel(peer.address, options=MESSAGE_OPTIONS) as channel:
+        async with aio_channel(peer.address, tls, options=MESSAGE_OPTIONS) as channel:
             answer = await peer_pb2_grpc.PeerServiceStub(channel).GetManifest(request, timeout=deadline_s)
     except grpc.aio.AioRpcError as error:
         kind = PeerRefusedError if error.code() is grpc.StatusCode.NOT_FOUND else PeerLostError

@@ -20,6 +20,7 @@ from layercast_agent.errors import NoCapacityError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import WritableMemory
 from layercast_agent.residency import Residency
+from layercast_agent.tls import Tls
 from layercast_agent.transfer import Transfer
 from layercast_agent.transfer_events import Event, TransferLimits, UpstreamSpec
 from layercast_agent.transfer_states import Phase
@@ -232,6 +233,7 @@ class TransferRunner:
         on_segment: Callable[[int], None],
         on_end: Callable[[TransferOutcome], None],
         limits: TransferLimits | None = None,
+        tls: Tls | None = None,
     ) -> None:
         """Continues from what `residency` has; nothing happens before `start`.
 
@@ -266,6 +268,7 @@ class TransferRunner:
                 landing=Landing(manifest=manifest, memories=memories),
                 token=token,
                 connect_deadline_s=limits.open_deadline_s,
+                tls=tls,
             ),
             post=self._mailbox.post,
             on_segment=on_segment,

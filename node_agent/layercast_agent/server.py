@@ -20,6 +20,7 @@ from layercast_agent.agent import Agent
 from layercast_agent.checkpoints import Wanted
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.peer_manifest import MESSAGE_OPTIONS
+from layercast_agent.tls import Tls, interceptors
 from layercast_agent.workers import CommandError
 
 GRPC_OPTIONS = (
@@ -154,9 +155,11 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         await _executes_nothing(context)
 
 
-def wire_server(agent: Agent, holdings: Holdings) -> grpc.aio.Server:
+def wire_server(agent: Agent, holdings: Holdings, tls: Tls | None = None) -> grpc.aio.Server:
     """A gRPC server with both services, not bound and not started."""
-    server = grpc.aio.server(options=GRPC_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX)
+    server = grpc.aio.server(
+        interceptors=interceptors(tls), options=GRPC_OPTIONS, maximum_concurrent_rpcs=CALLS_MAX
+    )
     agent_pb2_grpc.add_AgentServiceServicer_to_server(AgentServicer(agent), server)
     peer_pb2_grpc.add_PeerServiceServicer_to_server(PeerServicer(holdings), server)
     return server

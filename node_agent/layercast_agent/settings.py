@@ -71,6 +71,9 @@ class AgentSettings:
     token_file: Path
     """File with the shared secret of the data plane; the workers read the same one."""
 
+    tls_dir: Path | None = None
+    """Folder with `ca.crt`, `tls.crt`, `tls.key` of the role agent; None leaves everything in plain text."""
+
     cpu_share: float = 1.0
     """Share of one core that a CPU device may use, in (0, 1]; lets small machines imitate several devices."""
 

@@ -71,6 +71,8 @@ def command_line(settings: AgentSettings, slot: DeviceSlot) -> list[str]:
         "--parent-pid": os.getpid(),
         "--log-format": settings.log_format,
     }
+    if settings.tls_dir is not None:
+        flags["--tls-dir"] = settings.tls_dir
     return [*settings.worker_command, *(f"{flag}={value}" for flag, value in flags.items())]
 
 

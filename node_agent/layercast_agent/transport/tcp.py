@@ -16,8 +16,10 @@ import threading
 
 from layercast_agent.errors import AgentError, PeerError, PeerLostError, PeerRefusedError, RegionFencedError
 from layercast_agent.regions import RegionRef, RegionTable
-from layercast_agent.transport import wire
+from layercast_agent.tls import Tls
+from layercast_agent.transport import secure, wire
 from layercast_agent.transport.egress import EgressLimiter
+from layercast_agent.transport.secure import Stream
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
 
 __all__ = ["EgressLimiter", "TcpServer", "connect", "read_region"]
@@ -35,9 +37,17 @@ class TcpServer:
     """Serves the regions of one table to peers that know the token."""
 
     def __init__(
-        self, table: RegionTable, *, token: bytes, host: str, port: int, limiter: EgressLimiter
+        self,
+        table: RegionTable,
+        *,
+        token: bytes,
+        host: str,
+        port: int,
+        limiter: EgressLimiter,
+        tls: Tls | None = None,
     ) -> None:
         """Listens on nothing before `start`. `port` 0 takes a free one. ValueError: empty token or host."""
+        self._tls = tls
         if not token or not host:
             raise ValueError("the data plane needs a token and a host to listen on")
         self._table = table
@@ -46,7 +56,7 @@ class TcpServer:
         self._limiter = limiter
         self._listener: socket.socket | None = None
         self._acceptor: threading.Thread | None = None
-        self._connections: dict[socket.socket, threading.Thread] = {}
+        self._connections: dict[threading.Thread, Stream] = {}
         self._lock = threading.Lock()
         self._closed = threading.Event()
 
@@ -75,10 +85,10 @@ class TcpServer:
         self._closed.set()
         with self._lock:
             connections = dict(self._connections)
-        for sock in [s for s in (self._listener, *connections) if s is not None]:
+        for sock in [s for s in (self._listener, *connections.values()) if s is not None]:
             with contextlib.suppress(OSError):
                 sock.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in it
-        for thread in [t for t in (self._acceptor, *connections.values()) if t is not None]:
+        for thread in [t for t in (self._acceptor, *connections) if t is not None]:
             thread.join(deadline_s)
         if self._listener is not None:
             self._listener.close()
@@ -97,20 +107,21 @@ class TcpServer:
                 full = len(self._connections) >= CONNECTIONS_MAX or self._closed.is_set()
                 if not full:
                     thread = threading.Thread(target=self._serve, args=(sock,), name="data", daemon=True)
-                    self._connections[sock] = thread
+                    self._connections[thread] = sock
             if full:
                 sock.close()
             else:
                 thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
+        stream: Stream = sock
         try:
             wire.tune(sock)
-            wire.greet_as_server(sock, token=self._token, deadline=Deadline(HANDSHAKE_DEADLINE_S))
-            sock.settimeout(None)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_DEADLINE_S, 0))
+            stream = self._greet(sock)
+            stream.settimeout(None)
+            stream.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_DEADLINE_S, 0))
             while True:
-                self._answer(sock, ReadRequest.unpack(wire.receive_bytes(sock, wire.REQUEST_BYTES)))
+                self._answer(stream, ReadRequest.unpack(wire.receive_bytes(stream, wire.REQUEST_BYTES)))
         except PeerRefusedError as error:
             log.warning("data connection refused", extra={"reason": str(error)})
         except (PeerError, OSError) as error:
@@ -119,10 +130,24 @@ class TcpServer:
             log.exception("reading a region failed")
         finally:
             with self._lock:
-                self._connections.pop(sock, None)
-            sock.close()
+                self._connections.pop(threading.current_thread(), None)
+            stream.close()
 
-    def _answer(self, sock: socket.socket, request: ReadRequest) -> None:
+    def _greet(self, sock: socket.socket) -> Stream:
+        deadline = Deadline(HANDSHAKE_DEADLINE_S)
+        stream = secure.accept(sock, self._tls, timeout_s=deadline.left_s)
+        try:
+            with self._lock:
+                self._connections[threading.current_thread()] = stream
+            if self._closed.is_set():
+                raise PeerLostError("the data plane is being closed")
+            wire.greet_as_server(stream, token=self._token, deadline=deadline)
+        except PeerError:
+            stream.close()
+            raise
+        return stream
+
+    def _answer(self, sock: Stream, request: ReadRequest) -> None:
         if request.nbytes > wire.READ_BYTES_MAX:
             _refuse(sock, request, Status.REFUSED, f"more than {wire.READ_BYTES_MAX} bytes in one read")
             return
@@ -134,7 +159,7 @@ class TcpServer:
         except RegionFencedError as error:
             _refuse(sock, request, Status.FENCED, str(error))
 
-    def _send(self, sock: socket.socket, request: ReadRequest, view: memoryview) -> None:
+    def _send(self, sock: Stream, request: ReadRequest, view: memoryview) -> None:
         header = ResponseHeader(status=Status.OK, request_id=request.request_id, nbytes=len(view))
         slice_bytes = SLICE_BYTES if self._limiter.limits else max(len(view), 1)
         frame = header.pack()
@@ -148,24 +173,32 @@ class TcpServer:
             frame = b""
 
 
-def _refuse(sock: socket.socket, request: ReadRequest, status: Status, reason: str) -> None:
+def _refuse(sock: Stream, request: ReadRequest, status: Status, reason: str) -> None:
     text = reason.encode()[: wire.REASON_BYTES_MAX]
     header = ResponseHeader(status=status, request_id=request.request_id, nbytes=len(text))
     sock.sendall(header.pack() + text)
 
 
-def connect(sock: socket.socket, address: str, *, token: bytes, deadline: Deadline) -> None:
-    """Connect an unconnected socket of the right family and introduce both ends.
+def connect(
+    sock: socket.socket, address: str, *, token: bytes, deadline: Deadline, tls: Tls | None = None
+) -> Stream:
+    """Connect an unconnected socket of the right family and introduce both ends; the result replaces `sock`.
 
     Raises:
         PeerLostError: nobody answers there in time.
-        PeerRefusedError: one end does not know the token, or `address` is none.
+        PeerRefusedError: one end does not know the token or shows a wrong certificate, or `address` is none.
     """
     with wire.socket_errors(f"cannot reach {address}"):
         wire.tune(sock)
         deadline.apply(sock)
         sock.connect(wire.address_of(address))
-    wire.greet_as_client(sock, token=token, deadline=deadline)
+        stream = secure.connect(sock, tls, timeout_s=deadline.left_s)
+    try:
+        wire.greet_as_client(stream, token=token, deadline=deadline)
+    except PeerError:
+        stream.close()
+        raise
+    return stream
 
 
 def new_socket(address: str) -> socket.socket:
@@ -175,7 +208,13 @@ def new_socket(address: str) -> socket.socket:
 
 
 def read_region(
-    address: str, *, token: bytes, region: RegionRef, deadline_s: float, urgent: bool = True
+    address: str,
+    *,
+    token: bytes,
+    region: RegionRef,
+    deadline_s: float,
+    urgent: bool = True,
+    tls: Tls | None = None,
 ) -> bytearray:
     """Read a whole region of a peer.
 
@@ -186,30 +225,32 @@ def read_region(
     """
     deadline = Deadline(deadline_s)
     data = bytearray(region.nbytes)
-    with contextlib.closing(new_socket(address)) as sock:
-        connect(sock, address, token=token, deadline=deadline)
-        with wire.socket_errors(f"reading from {address} failed"):
-            requests = [
-                ReadRequest(
-                    request_id=number,
-                    region_id=region.region_id,
-                    epoch=region.epoch,
-                    offset=offset,
-                    nbytes=min(ONE_READ_BYTES, region.nbytes - offset),
-                    urgent=urgent,
-                )
-                for number, offset in enumerate(range(0, region.nbytes, ONE_READ_BYTES))
-            ]
-            deadline.apply(sock)
-            sock.sendall(b"".join(request.pack() for request in requests))
-            with memoryview(data) as view:
-                for request in requests:
-                    part = view[request.offset : request.offset + request.nbytes]
-                    _receive_part(sock, request, part, deadline)
+    with (
+        new_socket(address) as unconnected,
+        contextlib.closing(connect(unconnected, address, token=token, deadline=deadline, tls=tls)) as sock,
+        wire.socket_errors(f"reading from {address} failed"),
+    ):
+        requests = [
+            ReadRequest(
+                request_id=number,
+                region_id=region.region_id,
+                epoch=region.epoch,
+                offset=offset,
+                nbytes=min(ONE_READ_BYTES, region.nbytes - offset),
+                urgent=urgent,
+            )
+            for number, offset in enumerate(range(0, region.nbytes, ONE_READ_BYTES))
+        ]
+        deadline.apply(sock)
+        sock.sendall(b"".join(request.pack() for request in requests))
+        with memoryview(data) as view:
+            for request in requests:
+                part = view[request.offset : request.offset + request.nbytes]
+                _receive_part(sock, request, part, deadline)
     return data
 
 
-def _receive_part(sock: socket.socket, request: ReadRequest, part: memoryview, deadline: Deadline) -> None:
+def _receive_part(sock: Stream, request: ReadRequest, part: memoryview, deadline: Deadline) -> None:
     header = ResponseHeader.unpack(wire.receive_bytes(sock, wire.RESPONSE_BYTES, deadline))
     if header.status is not Status.OK:
         raise refusal(header, wire.receive_bytes(sock, header.nbytes, deadline))

@@ -24,9 +24,11 @@ from layercast_agent.crc32 import combine, crc32
 from layercast_agent.errors import PeerError, PeerLostError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
+from layercast_agent.tls import Tls
 from layercast_agent.transfer_events import Chunk
 from layercast_agent.transport import ChunkLink, LinkRequest, tcp, wire
 from layercast_agent.transport.landing import Landing
+from layercast_agent.transport.secure import Stream
 from layercast_agent.transport.watch import HeldSegment, ResidencyWatch
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
 
@@ -51,7 +53,7 @@ class _Arrival:
 class _Stream:
     """One connection, and the parts that were asked of it in order: (request id, arrival, number of the part)."""
 
-    socket: socket.socket
+    socket: Stream
     outstanding: deque[tuple[int, _Arrival, int]] = field(default_factory=deque)  # bounded by the window
     received_bytes: int = 0
 
@@ -67,8 +69,10 @@ class TcpLink:
         landing: Landing,
         token: bytes,
         connect_deadline_s: float,
+        tls: Tls | None = None,
     ) -> None:
         """Starts at once."""
+        self._tls = tls
         self._request = request
         self._landing = landing
         self._token = token
@@ -82,6 +86,7 @@ class TcpLink:
         self._settled = threading.Event()  # the streams are open, or will never be
         self._watch = ResidencyWatch(
             address=request.upstream.address,
+            tls=tls,
             manifest=manifest,
             on_segments=self._on_segments,
             on_end=lambda error: self.close(str(error)),
@@ -165,12 +170,16 @@ class TcpLink:
     def _open_stream(self) -> None:
         address = self._request.upstream.data_address
         sock = tcp.new_socket(address)
+        stream = _Stream(socket=sock)
         with self._lock:
-            self._streams.append(_Stream(socket=sock))  # from here on `close` interrupts whatever it does
+            self._streams.append(stream)  # from here on `close` interrupts whatever it does
         self._check_open()
-        tcp.connect(sock, address, token=self._token, deadline=Deadline(self._connect_deadline_s))
-        sock.settimeout(None)  # the transfer watches progress and closes what does not move
-        wire.receive_in_turns(sock, PROGRESS_S)
+        deadline = Deadline(self._connect_deadline_s)
+        connected = tcp.connect(sock, address, token=self._token, deadline=deadline, tls=self._tls)
+        with self._lock:
+            stream.socket = connected
+        connected.settimeout(None)  # the transfer watches progress and closes what does not move
+        wire.receive_in_turns(connected, PROGRESS_S)
         self._check_open()
 
     def _check_open(self) -> None:
@@ -255,7 +264,13 @@ def _split(nbytes: int) -> list[range]:
 
 
 def open_link(
-    request: LinkRequest, *, manifest: Manifest, landing: Landing, token: bytes, connect_deadline_s: float
+    request: LinkRequest,
+    *,
+    manifest: Manifest,
+    landing: Landing,
+    token: bytes,
+    connect_deadline_s: float,
+    tls: Tls | None = None,
 ) -> ChunkLink:
     """A link to whatever the upstream is: this node's files, this node's host memory, or a peer."""
     if request.upstream.memory_socket is not None:
@@ -274,5 +289,10 @@ def open_link(
 
         return DiskLink(request, manifest=manifest, landing=landing, folder=request.upstream.local_folder)
     return TcpLink(
-        request, manifest=manifest, landing=landing, token=token, connect_deadline_s=connect_deadline_s
+        request,
+        manifest=manifest,
+        landing=landing,
+        token=token,
+        connect_deadline_s=connect_deadline_s,
+        tls=tls,
     )

@@ -16,6 +16,7 @@ from layercast.peer.v1alpha1 import peer_pb2, peer_pb2_grpc
 from layercast_agent.errors import PeerError, PeerLostError, PeerRefusedError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
+from layercast_agent.tls import Tls, sync_channel
 
 CHANNEL_OPTIONS: tuple[tuple[str, int], ...] = (
     ("grpc.enable_http_proxy", 0),  # peers are inside the cluster, whatever the environment says
@@ -55,6 +56,7 @@ class ResidencyWatch:
         host_memory: bool = False,
         on_segments: Callable[[Mapping[int, HeldSegment]], None],
         on_end: Callable[[PeerError], None],
+        tls: Tls | None = None,
     ) -> None:
         """Callbacks run in the watch's own thread; `on_end` once, as the last one, unless it was stopped.
 
@@ -65,7 +67,7 @@ class ResidencyWatch:
         self._on_segments = on_segments
         self._on_end = on_end
         self._stopped = threading.Event()
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        self._channel = sync_channel(address, tls, options=CHANNEL_OPTIONS)
         self._thread = threading.Thread(target=self._run, name="residency-watch", daemon=True)
 
     def start(self) -> None:

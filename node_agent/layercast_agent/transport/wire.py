@@ -6,8 +6,9 @@
     client -> server   request: read [offset, offset + nbytes) of region (id, epoch)   any number, pipelined
     server -> client   response header, then the bytes or a sentence why not           in order of the requests
 
-Integers are big-endian. Bytes are not encrypted: the token keeps strangers out of a network that is trusted
-not to listen. Exceptions of the socket library end here as PeerLostError, refusals as PeerRefusedError.
+Integers are big-endian. With TLS all of this is inside it (`secure`); without, bytes are not encrypted, and the token
+keeps strangers out of a network that is trusted not to listen. Exceptions of the socket library end here as
+PeerLostError, refusals as PeerRefusedError.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from layercast_agent.errors import PeerLostError, PeerRefusedError
+from layercast_agent.transport.secure import Stream
 
 MAGIC = b"LCD2"
 NONCE_BYTES = 32
@@ -119,12 +121,17 @@ class Deadline:
         self._end = time.monotonic() + seconds
         self._seconds = seconds
 
-    def apply(self, sock: socket.socket) -> None:
-        """Let the next operation wait no longer than what is left; PeerLostError when nothing is."""
+    @property
+    def left_s(self) -> float:
+        """What is left; PeerLostError when nothing is."""
         left = self._end - time.monotonic()
         if left <= 0:
             raise PeerLostError(f"the peer did not answer within {self._seconds:g} s")
-        sock.settimeout(left)
+        return left
+
+    def apply(self, sock: socket.socket | Stream) -> None:
+        """Let the next operation wait no longer than what is left; PeerLostError when nothing is."""
+        sock.settimeout(self.left_s)
 
 
 @contextlib.contextmanager
@@ -138,7 +145,7 @@ def socket_errors(what: str) -> Iterator[None]:
         raise PeerLostError(f"{what}: {error.strerror or error}") from error
 
 
-def receive_exactly(sock: socket.socket, view: memoryview, deadline: Deadline | None = None) -> None:
+def receive_exactly(sock: Stream, view: memoryview, deadline: Deadline | None = None) -> None:
     """Fill `view`. PeerLostError when the peer ends the stream before that; OSError as the socket says."""
     done = 0
     while done < len(view):
@@ -151,14 +158,14 @@ def receive_exactly(sock: socket.socket, view: memoryview, deadline: Deadline | 
         done += count
 
 
-def receive_in_turns(sock: socket.socket, turn_s: float) -> None:
+def receive_in_turns(sock: Stream, turn_s: float) -> None:
     """Let `receive_turn` return after `turn_s` at the latest; for a socket without a timeout of Python's."""
     sock.setsockopt(
         socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", *divmod(int(turn_s * 1e6), 10**6))
     )
 
 
-def receive_turn(sock: socket.socket, view: memoryview) -> int:
+def receive_turn(sock: Stream, view: memoryview) -> int:
     """Fill `view`, or as much of it as comes within a turn: how many bytes. Errors as `receive_exactly`."""
     try:
         # The kernel collects; waking the interpreter for every few packets costs more than receiving them.
@@ -170,7 +177,7 @@ def receive_turn(sock: socket.socket, view: memoryview) -> int:
     return count
 
 
-def receive_bytes(sock: socket.socket, nbytes: int, deadline: Deadline | None = None) -> bytearray:
+def receive_bytes(sock: Stream, nbytes: int, deadline: Deadline | None = None) -> bytearray:
     """`nbytes` bytes; errors as `receive_exactly`."""
     data = bytearray(nbytes)
     receive_exactly(sock, memoryview(data), deadline)
@@ -210,7 +217,7 @@ def _mac(token: bytes, role: bytes, first: bytes, second: bytes) -> bytes:
     return hmac.new(token, role + first + second, hashlib.sha256).digest()
 
 
-def greet_as_server(sock: socket.socket, *, token: bytes, deadline: Deadline) -> None:
+def greet_as_server(sock: Stream, *, token: bytes, deadline: Deadline) -> None:
     """Prove the token to a client that proves it first. PeerRefusedError when it cannot."""
     with socket_errors("a client's handshake failed"):
         mine = secrets.token_bytes(NONCE_BYTES)
@@ -226,7 +233,7 @@ def greet_as_server(sock: socket.socket, *, token: bytes, deadline: Deadline) ->
         raise PeerRefusedError("a client does not know the token")
 
 
-def greet_as_client(sock: socket.socket, *, token: bytes, deadline: Deadline) -> None:
+def greet_as_client(sock: Stream, *, token: bytes, deadline: Deadline) -> None:
     """Prove the token to a server and have it prove it back. PeerRefusedError when one of them cannot."""
     with socket_errors("the handshake failed"):
         hello = bytes(receive_bytes(sock, len(MAGIC) + NONCE_BYTES, deadline))

@@ -20,7 +20,7 @@ from layercast.engine.v1alpha1 import engine_pb2_grpc
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 from layercast.worker.v1alpha1 import worker_pb2_grpc
 
-from layercast_agent import logs
+from layercast_agent import logs, tls
 from layercast_agent.device import register_host_memory
 from layercast_agent.errors import PeerError
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
@@ -80,13 +80,16 @@ def _bind_to_parent(parent_pid: int) -> None:
 async def _serve(options: WorkerSettings, device: torch.device) -> None:
     table = RegionTable()
     limiter = EgressLimiter(options.egress_bytes_per_s or None)
+    secure = None if options.tls_dir is None else tls.Tls(options.tls_dir)
     data_host, data_port = options.data_listen.rsplit(":", 1)
-    data = TcpServer(table, token=options.token, host=data_host, port=int(data_port), limiter=limiter)
+    data = TcpServer(
+        table, token=options.token, host=data_host, port=int(data_port), limiter=limiter, tls=secure
+    )
     data.start()
     streams, holdings = GatewayStreams(), Holdings()
-    server = aio.server(options=GRPC_OPTIONS)
+    server = aio.server(interceptors=tls.interceptors(secure), options=GRPC_OPTIONS)
     host_name = options.listen.rsplit(":", 1)[0]
-    port = server.add_insecure_port(options.listen)
+    port = tls.bind(server, options.listen, secure)
     host = WorkerHost(
         settings=options,
         device=device,
@@ -96,6 +99,7 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         holdings=holdings,
         streams=streams,
         share=ComputeShare(options.cpu_share if device.type == "cpu" else 1.0),
+        tls=secure,
     )
     assignment = Assignment(host)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(

@@ -25,6 +25,7 @@ from layercast.peer.v1alpha1 import peer_pb2_grpc
 from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence
 from layercast_agent.errors import AgentError
+from layercast_agent.tls import Tls, aio_channel
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import LoopView
@@ -63,12 +64,14 @@ class Cooperation:
         *,
         me: pb.Peer,
         token: bytes,
+        tls: Tls | None,
         desk: RequestDesk,
         shelf: HandoffShelf,
         look: Callable[[], LoopView],
     ) -> None:
         self._me = me
         self._token = token
+        self._tls = tls
         self._desk = desk
         self._shelf = shelf
         self._look = look
@@ -94,7 +97,7 @@ class Cooperation:
         """Starts cooperation with a target; a repeat changes nothing."""
         if peer.peer_id in self._links:
             return
-        channel = grpc.aio.insecure_channel(peer.address)
+        channel = aio_channel(peer.address, self._tls)
         stub = peer_pb2_grpc.PeerServiceStub(channel)
         self._links[peer.peer_id] = Link(peer=peer, channel=channel, stub=stub)
         log.info("cooperation with a target begins", extra={"target": peer.peer_id})
@@ -248,7 +251,7 @@ class Cooperation:
 
     async def _import(self, link: Link, seq: Sequence, handoff: pb.Handoff) -> bool:
         try:
-            state = await fetch_state(handoff, giver=link.peer, token=self._token)
+            state = await fetch_state(handoff, giver=link.peer, token=self._token, tls=self._tls)
             self._desk.own(seq, layers_done=handoff.layers_done)
             self._taken_from[seq.request_id] = link.peer.peer_id
             await self._desk.ask(

@@ -18,6 +18,7 @@ from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence
 from layercast_agent.errors import AgentError, CorruptChunkError
 from layercast_agent.regions import RegionRef, RegionTable
+from layercast_agent.tls import Tls
 from layercast_agent.transport.tcp import read_region
 from layercast_agent.worker import wire
 
@@ -103,7 +104,9 @@ class HandoffShelf:
         return len(self._leases)
 
 
-async def fetch_state(handoff: pb.Handoff, *, giver: pb.Peer, token: bytes) -> bytearray | None:
+async def fetch_state(
+    handoff: pb.Handoff, *, giver: pb.Peer, token: bytes, tls: Tls | None
+) -> bytearray | None:
     """The state's bytes, checked; None when the handoff carries none and the taker recomputes.
 
     Raises PeerError when the giver is gone, refuses, or the bytes are not what it said.
@@ -117,6 +120,7 @@ async def fetch_state(handoff: pb.Handoff, *, giver: pb.Peer, token: bytes) -> b
         read_region,
         giver.data_address,
         token=token,
+        tls=tls,
         region=region,
         deadline_s=READ_DEADLINE_S,
     )

@@ -24,6 +24,7 @@ from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import AgentError
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
+from layercast_agent.tls import aio_channel
 from layercast_agent.worker import wire
 from layercast_agent.worker.cooperation import Cooperation
 from layercast_agent.worker.desk import RequestDesk
@@ -87,6 +88,7 @@ class Replica:
         self.cooperation = Cooperation(
             me=self._me,
             token=host.settings.token,
+            tls=host.tls,
             desk=self.desk,
             shelf=self.shelf,
             look=lambda: self.loop.view,
@@ -115,6 +117,7 @@ class Replica:
             generation=request.generation,
             segment_order=list(request.segment_order) or list(range(len(self.memory.memories))),
             token=self._host.settings.token,
+            tls=self._host.tls,
             on_segment=self._on_segment,
             on_end=self._on_transfer_end,
         )
@@ -144,7 +147,7 @@ class Replica:
 
     async def _stay_live(self, source: peer_pb2.Peer) -> None:
         """Asks the source to share its queue, from the first resident layer until the last segment."""
-        async with grpc.aio.insecure_channel(source.address) as channel:
+        async with aio_channel(source.address, self._host.tls) as channel:
             stub = peer_pb2_grpc.PeerServiceStub(channel)
             request = peer_pb2.StartCooperationRequest(target=self._me, digest=self.spec.digest)
             await self._first_layer.wait()
@@ -188,7 +191,7 @@ class Replica:
         return True
 
     async def _import(self, seq: Sequence, handoff: peer_pb2.Handoff, giver: peer_pb2.Peer) -> None:
-        state = await fetch_state(handoff, giver=giver, token=self._host.settings.token)
+        state = await fetch_state(handoff, giver=giver, token=self._host.settings.token, tls=self._host.tls)
 
         self.desk.own(seq, layers_done=handoff.layers_done)
         await self.desk.ask(lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state))

@@ -35,6 +35,8 @@ class WorkerSettings:
 
     host_memory_socket: Path | None
     """Where the agent hands out its host pool; None when it has none."""
+    tls_dir: Path | None
+    """Folder of the agent's certificate; None leaves everything in plain text."""
 
     device_memory_bytes: int
     """What parameters and KV cache may use together."""
@@ -67,6 +69,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--data-listen", default="127.0.0.1:0")
     parser.add_argument("--token-file", required=True, type=Path)
     parser.add_argument("--host-memory-socket", default="")
+    parser.add_argument("--tls-dir", default=None, type=Path)
     parser.add_argument("--device-memory-bytes", required=True, type=int)
     parser.add_argument("--cpu-share", default=1.0, type=float)
     parser.add_argument("--cpu-cores", default="")
@@ -89,6 +92,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
         data_listen=flags.data_listen,
         token=token,
         host_memory_socket=Path(flags.host_memory_socket) if flags.host_memory_socket else None,
+        tls_dir=flags.tls_dir,
         device_memory_bytes=flags.device_memory_bytes,
         cpu_share=flags.cpu_share,
         cpu_cores=cores,
