@@ -236,6 +236,11 @@ class LocalCluster:
             stale.unlink()
         for node in layout.nodes if layout.settings.fresh else ():
             shutil.rmtree(state.node(node.name) / "store", ignore_errors=True)
+        if layout.settings.tls:
+            # Imported at use: most clusters on one machine need no certificates.
+            from layercast_cli.certificates import issue_all
+
+            issue_all(state.certificates)
         write_atomic(self.state.token_file, secrets.token_hex(32) + "\n", mode=0o600)
         now = time.time()
         names = []

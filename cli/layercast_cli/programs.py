@@ -30,7 +30,7 @@ class ClusterSettings:
     takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited. `cpu_share`,
     `device_memory_bytes` and `host_pool_bytes` None share out what the machine has. `gateway_flags` are appended to the
     gateway's. `fresh` forgets the checkpoints that an earlier cluster on this folder packed: its nodes begin with
-    empty disks.
+    empty disks. `tls` makes certificates and has all processes demand them of one another.
     """
 
     state_dir: Path
@@ -46,6 +46,7 @@ class ClusterSettings:
     host_pool_bytes: int | None = None
     gateway_flags: tuple[str, ...] = ()
     fresh: bool = False
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,11 +78,11 @@ class ClusterLayout:
 
 def layercast_programs(layout: ClusterLayout) -> tuple[Program, ...]:
     """Agents first: they take longest to warm up."""
-    agents = tuple(_program(layout, node.name, agent_flags(layout, node)) for node in layout.nodes)
+    agents = tuple(_program(layout, node.name, "agent", agent_flags(layout, node)) for node in layout.nodes)
     return (
         *agents,
-        _program(layout, "operator", operator_flags(layout)),
-        _program(layout, "gateway", gateway_flags(layout)),
+        _program(layout, "operator", "operator", operator_flags(layout)),
+        _program(layout, "gateway", "gateway", gateway_flags(layout)),
     )
 
 
@@ -131,11 +132,12 @@ def gateway_flags(layout: ClusterLayout) -> tuple[str, ...]:
     )
 
 
-def _program(layout: ClusterLayout, name: str, module_and_flags: tuple[str, ...]) -> Program:
+def _program(layout: ClusterLayout, name: str, role: str, module_and_flags: tuple[str, ...]) -> Program:
+    tls = {"LAYERCAST_TLS_DIR": str(layout.state.certificates / role)} if layout.settings.tls else {}
     return Program(
         name=name,
         argv=(sys.executable, "-m", *module_and_flags),
         log=layout.state.logs / f"{name}.log",
         pid_file=layout.state.pids / f"{name}.pid",
-        env=layout.environment,
+        env={**layout.environment, **tls},
     )

@@ -43,6 +43,7 @@ class UpSettings:
     cpu_share: float | None
     host_pool_mib: int | None
     devices: str
+    tls: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,7 @@ def up_settings(flags: argparse.Namespace) -> UpSettings:
         cpu_share=flags.cpu_share,
         host_pool_mib=flags.host_pool_mib,
         devices=flags.devices,
+        tls=flags.tls,
     )
 
 
@@ -184,6 +186,7 @@ def _add_up(commands: Any) -> None:
     _flag(up, "--cpu-share", type=SHARE, metavar="F", help=share)
     pool = "host memory of each agent for copies of checkpoints, taken at the start; 0 keeps none"
     _flag(up, "--host-pool-mib", type=COUNT, metavar="N", help=f"{pool} (a small part of what is free)")
+    up.add_argument("--tls", action="store_true", help="make certificates; all processes demand them")
     _flag(up, "--devices", default="cpu:1", help="devices of each agent: cpu:N or cuda (%(default)s)")
 
 

@@ -80,6 +80,11 @@ class StateDir:
         return self.root / "token"
 
     @property
+    def certificates(self) -> Path:
+        """A folder with certificates for each role, when the cluster runs with TLS."""
+        return self.root / "tls"
+
+    @property
     def about_file(self) -> Path:
         """What `layercast get` wants to know of the cluster as a whole."""
         return self.root / "up.json"

@@ -40,6 +40,7 @@ def up(settings: UpSettings) -> int:
             cpu_share=settings.cpu_share,
             host_pool_bytes=None if settings.host_pool_mib is None else settings.host_pool_mib << 20,
             devices=settings.devices,
+            tls=settings.tls,
         )
     )
     console = Console(highlight=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import socket
+import ssl
 import stat
 import sys
 from pathlib import Path
@@ -52,6 +53,28 @@ def standins(layout: ClusterLayout) -> tuple[Program, ...]:
         return Program(name=program.name, argv=argv, log=program.log, pid_file=program.pid_file)
 
     return tuple(replace(program) for program in layercast_programs(layout))
+
+
+def test_with_tls_every_process_gets_the_certificate_of_its_role(tmp_path: Path) -> None:
+    folders: dict[str, str] = {}
+
+    def programs(layout: ClusterLayout) -> tuple[Program, ...]:
+        folders.update(
+            {program.name: program.env["LAYERCAST_TLS_DIR"] for program in layercast_programs(layout)}
+        )
+        return standins(layout)
+
+    with LocalCluster(settings(tmp_path, tls=True, agents=1), programs=programs):
+        root = tmp_path / "tls"
+        assert folders == {
+            "operator": str(root / "operator"),
+            "gateway": str(root / "gateway"),
+            "node-0": str(root / "agent"),
+        }
+        context = ssl.create_default_context(cafile=str(root / "agent/ca.crt"))
+        for role in ("operator", "gateway", "agent"):
+            context.load_cert_chain(root / role / "tls.crt", root / role / "tls.key")
+            assert stat.S_IMODE((root / role / "tls.key").stat().st_mode) == 0o600
 
 
 def test_a_cluster_from_start_to_end(tmp_path: Path) -> None:
