@@ -12,6 +12,8 @@ from collections.abc import Sequence
 
 import torch
 
+from layercast_agent.regions import Location
+
 _BLOCK_WORDS = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Words that are widened to 64 bits at once: what fits the cache, and what fills a GPU."""
 
@@ -36,6 +38,11 @@ class DeviceMemory:
         self._host = self.tensor.numpy().data if device.type == "cpu" else None
         # Own streams: neither the engine's kernels nor the other direction are waited for.
         self._streams = [] if device.type == "cpu" else [_stream(device), _stream(device)]
+
+    def location(self) -> Location:
+        """For one-sided reads: the device's memory itself, on CUDA too (GPUDirect)."""
+        kind, device = ("DRAM", 0) if self._host is not None else ("VRAM", self.tensor.device.index or 0)
+        return Location(address=self.tensor.data_ptr(), nbytes=self.nbytes, kind=kind, device=device)
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """Host-readable bytes [offset, offset + nbytes): the memory itself on a CPU, a copy on CUDA."""

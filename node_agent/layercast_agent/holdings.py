@@ -15,6 +15,7 @@ import grpc
 from grpc import aio
 from layercast.peer.v1alpha1 import peer_pb2
 
+from layercast_agent.errors import AgentError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
 from layercast_agent.residency import Residency
@@ -35,6 +36,8 @@ _ManifestContext = aio.ServicerContext[peer_pb2.GetManifestRequest, peer_pb2.Get
 
 DISK_RANK, DEVICE_RANK, MEMORY_RANK = 0, 1, 2
 """Where a copy lies; of complete ones, peers are given that of the highest rank."""
+_DescribeContext = aio.ServicerContext[peer_pb2.DescribeRegionsRequest, peer_pb2.DescribeRegionsResponse]
+Describe = Callable[[tuple[RegionRef, ...]], peer_pb2.DescribeRegionsResponse]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -56,6 +59,8 @@ class Holdings:
         self._held: dict[tuple[str, int], Holding] = {}
         self._watchers: dict[int, tuple[Holding, Callable[[], None]]] = {}
         self._next_watcher = 0
+        self.describe: Describe | None = None
+        """How regions are read one-sidedly, where this process offers that."""
 
     def add(self, holding: Holding) -> None:
         """Offer a holding; one of the same digest and rank is replaced and its watchers are sent away."""
@@ -104,6 +109,20 @@ class Holdings:
         if holding is None:
             await context.abort(grpc.StatusCode.NOT_FOUND, f"checkpoint {request.digest} is not held here")
         return peer_pb2.GetManifestResponse(manifest_json=holding.manifest.to_json(), files=holding.files)
+
+    async def describe_regions(
+        self, request: peer_pb2.DescribeRegionsRequest, context: _DescribeContext
+    ) -> peer_pb2.DescribeRegionsResponse:
+        """Body of PeerService.DescribeRegions."""
+        holding = self.get(request.digest)
+        if holding is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"checkpoint {request.digest} is not held here")
+        if self.describe is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no one-sided reads here")
+        try:
+            return await asyncio.to_thread(self.describe, holding.regions)
+        except AgentError as error:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
 
     async def watch_residency(
         self, request: peer_pb2.WatchResidencyRequest, context: _Context

@@ -14,10 +14,12 @@ from __future__ import annotations
 
 import secrets
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from layercast_agent.errors import NoCapacityError, RegionFencedError
 
@@ -47,6 +49,16 @@ class WritableMemory(ReadableMemory, Protocol):
         """Make the staged bytes visible in the memory itself."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Location:
+    """Where memory lies that a network card may read or write by itself."""
+
+    address: int
+    nbytes: int
+    kind: str = "DRAM"
+    device: int = 0
+
+
 class HostMemory:
     """Plain host memory, zeroed, or the given bytes without a copy; for request state and for tests."""
 
@@ -55,6 +67,10 @@ class HostMemory:
     def __init__(self, source: int | bytearray) -> None:
         self._bytes = bytearray(source) if isinstance(source, int) else source
         self.nbytes = len(self._bytes)
+
+    def location(self) -> Location:
+        """For one-sided reads and writes."""
+        return location_of(self.view(0, self.nbytes))
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """The bytes themselves."""
@@ -66,6 +82,11 @@ class HostMemory:
 
     def commit(self, offset: int, nbytes: int, staged: memoryview) -> None:
         """Nothing is left to do; the staging is the memory."""
+
+
+def location_of(view: memoryview) -> Location:
+    """Where host bytes lie; whoever uses it keeps the view alive."""
+    return Location(address=np.frombuffer(view, np.uint8).__array_interface__["data"][0], nbytes=len(view))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,6 +114,16 @@ class RegionTable:
         self._entries: dict[int, _Entry] = {}
         self._next_id = 1
         self._changed = threading.Condition()
+        self.on_remove: Callable[[int], None] = lambda region_id: None
+        """Called by `remove` when a region has no readers any more, before its memory may be reused."""
+
+    def memory(self, region_id: int) -> ReadableMemory:
+        """The memory of a region. RegionFencedError when it is not readable any more."""
+        with self._changed:
+            entry = self._entries.get(region_id)
+            if entry is None or entry.fenced:
+                raise RegionFencedError(f"region {region_id} is not readable here")
+            return entry.memory
 
     def add(self, memory: ReadableMemory) -> RegionRef:
         """Let peers read `memory` until `remove`; the table keeps it alive."""
@@ -161,4 +192,6 @@ class RegionTable:
                 raise NoCapacityError(
                     f"region {region_id} is still being read by {entry.readers} after {deadline_s} s"
                 )
+        self.on_remove(region_id)
+        with self._changed:
             self._entries.pop(region_id, None)

@@ -26,6 +26,7 @@ from layercast_agent.transfer_events import Event, TransferLimits, UpstreamSpec
 from layercast_agent.transfer_states import Phase
 from layercast_agent.transport import ChunkLink, LinkRequest, OpenLink, Post
 from layercast_agent.transport.landing import Landing
+from layercast_agent.transport.nixl import NixlPlane
 from layercast_agent.transport.tcp_link import open_link
 
 __all__ = [
@@ -234,6 +235,7 @@ class TransferRunner:
         on_end: Callable[[TransferOutcome], None],
         limits: TransferLimits | None = None,
         tls: Tls | None = None,
+        plane: NixlPlane | None = None,
     ) -> None:
         """Continues from what `residency` has; nothing happens before `start`.
 
@@ -269,6 +271,7 @@ class TransferRunner:
                 token=token,
                 connect_deadline_s=limits.open_deadline_s,
                 tls=tls,
+                plane=plane,
             ),
             post=self._mailbox.post,
             on_segment=on_segment,

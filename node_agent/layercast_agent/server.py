@@ -130,6 +130,12 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         async for message in self._holdings.watch_residency(request, context):
             yield message
 
+    async def DescribeRegions(
+        self, request: peer_pb2.DescribeRegionsRequest, context: ServicerContext[Any, Any]
+    ) -> peer_pb2.DescribeRegionsResponse:
+        """FAILED_PRECONDITION: an agent's copies are read through its data address."""
+        return await self._holdings.describe_regions(request, context)
+
     async def StartCooperation(
         self, request: peer_pb2.StartCooperationRequest, context: ServicerContext[Any, Any]
     ) -> NoReturn:

@@ -2,7 +2,8 @@
 
 Takes its settings as JSON in argv[1]. Says one JSON object a line on stdout: `ready` with its addresses, then
 `segment` and `complete` with the time of the machine's monotonic clock. Commands on stdin: `load` begins its
-transfer, `corrupt SEGMENT` alters a byte of a segment that it holds; the end of stdin ends it.
+transfer, `corrupt SEGMENT` alters a byte of a segment that it holds, `fence` takes its regions back unannounced;
+the end of stdin ends it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import asyncio
 import hashlib
 import importlib.util
 import json
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -20,6 +22,7 @@ from typing import Any, cast
 import grpc
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 
+from layercast_agent import tls
 from layercast_agent.holdings import SERVER_OPTIONS, Holding, Holdings
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
@@ -54,6 +57,9 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         async for message in self._holdings.watch_residency(request, context):
             yield message
 
+    async def DescribeRegions(self, request: Any, context: Any) -> Any:
+        return await self._holdings.describe_regions(request, context)
+
 
 async def run(settings: dict[str, Any]) -> None:
     checkpoint = load_synthetic().make(settings["sizes"], chunk_bytes=settings["chunk_bytes"])
@@ -64,19 +70,37 @@ async def run(settings: dict[str, Any]) -> None:
     regions = tuple(table.add(memory) for memory in memories)
     holdings.add(Holding(manifest=checkpoint.manifest, files={}, residency=residency, regions=regions))
     limiter = EgressLimiter(settings["egress_bytes_per_s"])
-    data = TcpServer(table, token=TOKEN, host="127.0.0.1", port=0, limiter=limiter)
+    secure = tls.Tls(Path(settings["tls_dir"])) if settings.get("tls_dir") else None
+    data = TcpServer(table, token=TOKEN, host="127.0.0.1", port=0, limiter=limiter, tls=secure)
     data.start()
-    server = grpc.aio.server(options=SERVER_OPTIONS)
+    plane = None
+    if settings.get("nixl"):
+        from layercast_agent.transport.nixl import NixlPlane
+
+        plane = NixlPlane(table)
+        holdings.describe = plane.describe
+    server = grpc.aio.server(interceptors=tls.interceptors(secure), options=SERVER_OPTIONS)
     peer_pb2_grpc.add_PeerServiceServicer_to_server(cast(Any, PeerServicer)(holdings), server)
-    port = server.add_insecure_port("127.0.0.1:0")
+    port = tls.bind(server, "127.0.0.1:0", secure)
     await server.start()
     say("ready", address=f"127.0.0.1:{port}", data_address=data.address)
-    await obey_stdin(memories, lambda: start_transfer(settings, checkpoint, memories, residency))
+
+    def fence() -> None:
+        for region in regions:
+            table.remove(region.region_id, deadline_s=5)
+
+    await obey_stdin(
+        memories, fence, lambda: start_transfer(settings, checkpoint, memories, residency, plane)
+    )
     await server.stop(0)
     data.close()
+    if settings.get("nixl"):
+        os._exit(0)  # the library may crash when it is unloaded
 
 
-def start_transfer(settings: dict[str, Any], checkpoint: Any, memories: Any, residency: Residency) -> None:
+def start_transfer(
+    settings: dict[str, Any], checkpoint: Any, memories: Any, residency: Residency, plane: Any
+) -> None:
     def on_end(outcome: TransferOutcome) -> None:
         digest = hashlib.sha256()
         for memory in memories:
@@ -88,6 +112,7 @@ def start_transfer(settings: dict[str, Any], checkpoint: Any, memories: Any, res
             sha256=digest.hexdigest(),
             failures=status.failures,
             bytes_per_s=status.bytes_per_s,
+            one_sided_bytes=plane.read_bytes if plane is not None else 0,
         )
 
     runner = TransferRunner(
@@ -101,12 +126,13 @@ def start_transfer(settings: dict[str, Any], checkpoint: Any, memories: Any, res
         token=TOKEN,
         on_segment=lambda segment: say("segment", segment=segment),
         on_end=on_end,
-        limits=TransferLimits(progress_deadline_s=2.5),
+        limits=TransferLimits(progress_deadline_s=settings.get("progress_deadline_s", 2.5)),
+        plane=plane,
     )
     runner.start()
 
 
-async def obey_stdin(memories: Any, load: Callable[[], None]) -> None:
+async def obey_stdin(memories: Any, fence: Callable[[], None], load: Callable[[], None]) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
@@ -115,6 +141,9 @@ async def obey_stdin(memories: Any, load: Callable[[], None]) -> None:
         match line.decode().split():
             case ["load"]:
                 load()
+            case ["fence"]:
+                fence()
+                say("fenced")
             case ["corrupt", segment]:
                 memories[int(segment)].staging(0, 1)[0] ^= 1
                 say("corrupted", segment=int(segment))

@@ -12,12 +12,14 @@ never waits for the network.
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
 import socket
 import threading
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from layercast_agent import transfer_events as ev
 from layercast_agent.crc32 import combine, crc32
@@ -31,6 +33,9 @@ from layercast_agent.transport.landing import Landing
 from layercast_agent.transport.secure import Stream
 from layercast_agent.transport.watch import HeldSegment, ResidencyWatch
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
+
+if TYPE_CHECKING:
+    from layercast_agent.transport.nixl import NixlPlane
 
 PROGRESS_S = 0.25  # a receive that is not done by then tells how far it came
 STREAMS = 2
@@ -271,6 +276,7 @@ def open_link(
     token: bytes,
     connect_deadline_s: float,
     tls: Tls | None = None,
+    plane: NixlPlane | None = None,
 ) -> ChunkLink:
     """A link to whatever the upstream is: this node's files, this node's host memory, or a peer."""
     if request.upstream.memory_socket is not None:
@@ -288,11 +294,25 @@ def open_link(
         from layercast_agent.transport.disk import DiskLink
 
         return DiskLink(request, manifest=manifest, landing=landing, folder=request.upstream.local_folder)
-    return TcpLink(
+    by_tcp = functools.partial(
+        TcpLink,
         request,
         manifest=manifest,
         landing=landing,
         token=token,
         connect_deadline_s=connect_deadline_s,
         tls=tls,
+    )
+    if plane is None:
+        return by_tcp()
+    from layercast_agent.transport.nixl_link import NixlLink
+
+    return NixlLink(
+        request,
+        manifest=manifest,
+        landing=landing,
+        plane=plane,
+        tls=tls,
+        connect_deadline_s=connect_deadline_s,
+        otherwise=by_tcp,
     )

@@ -37,6 +37,13 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         async for message in self._holdings.watch_residency(request, context):
             yield message
 
+    async def DescribeRegions(
+        self,
+        request: pb.DescribeRegionsRequest,
+        context: aio.ServicerContext[pb.DescribeRegionsRequest, pb.DescribeRegionsResponse],
+    ) -> pb.DescribeRegionsResponse:
+        return await self._holdings.describe_regions(request, context)
+
     async def StartCooperation(
         self,
         request: pb.StartCooperationRequest,

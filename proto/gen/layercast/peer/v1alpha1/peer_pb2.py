@@ -26,7 +26,7 @@ from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__
 from layercast.engine.v1alpha1 import engine_pb2 as layercast_dot_engine_dot_v1alpha1_dot_engine__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"layercast/peer/v1alpha1/peer.proto\x12\x17layercast.peer.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&layercast/engine/v1alpha1/engine.proto\">\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\xa2\x01\n\x13GetManifestResponse\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\x12\x46\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x37.layercast.peer.v1alpha1.GetManifestResponse.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"<\n\x15WatchResidencyRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0bhost_memory\x18\x02 \x01(\x08\"U\n\x16WatchResidencyResponse\x12;\n\x08segments\x18\x01 \x03(\x0b\x32).layercast.peer.v1alpha1.SegmentResidency\"m\n\x10SegmentResidency\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12/\n\x06region\x18\x02 \x01(\x0b\x32\x1f.layercast.peer.v1alpha1.Region\x12\x17\n\x0fverified_chunks\x18\x03 \x01(\x0c\">\n\x04Peer\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x03 \x01(\t\"X\n\x17StartCooperationRequest\x12-\n\x06target\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x1a\n\x18StartCooperationResponse\"\xa5\x01\n\x07Handoff\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".layercast.engine.v1alpha1.Request\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\x12\x11\n\tpositions\x18\x03 \x01(\r\x12.\n\x05state\x18\x04 \x01(\x0b\x32\x1f.layercast.peer.v1alpha1.Region\x12\r\n\x05\x63rc32\x18\x05 \x01(\r\"y\n\x14OfferHandoffsRequest\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x32\n\x08handoffs\x18\x02 \x03(\x0b\x32 .layercast.peer.v1alpha1.Handoff\"U\n\x15OfferHandoffsResponse\x12\x1c\n\x14\x61\x63\x63\x65pted_request_ids\x18\x01 \x03(\t\x12\x0c\n\x04room\x18\x02 \x01(\r\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"v\n\x12TakeHandoffRequest\x12,\n\x05taker\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x32\n\x0e\x66irst_token_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"k\n\x13TakeHandoffResponse\x12\x31\n\x07handoff\x18\x01 \x01(\x0b\x32 .layercast.peer.v1alpha1.Handoff\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x0f\n\x07waiting\x18\x03 \x01(\r\":\n\x15ReleaseHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05taken\x18\x02 \x01(\x08\"\x18\n\x16ReleaseHandoffResponse2\xb2\x05\n\x0bPeerService\x12h\n\x0bGetManifest\x12+.layercast.peer.v1alpha1.GetManifestRequest\x1a,.layercast.peer.v1alpha1.GetManifestResponse\x12s\n\x0eWatchResidency\x12..layercast.peer.v1alpha1.WatchResidencyRequest\x1a/.layercast.peer.v1alpha1.WatchResidencyResponse0\x01\x12w\n\x10StartCooperation\x12\x30.layercast.peer.v1alpha1.StartCooperationRequest\x1a\x31.layercast.peer.v1alpha1.StartCooperationResponse\x12n\n\rOfferHandoffs\x12-.layercast.peer.v1alpha1.OfferHandoffsRequest\x1a..layercast.peer.v1alpha1.OfferHandoffsResponse\x12h\n\x0bTakeHandoff\x12+.layercast.peer.v1alpha1.TakeHandoffRequest\x1a,.layercast.peer.v1alpha1.TakeHandoffResponse\x12q\n\x0eReleaseHandoff\x12..layercast.peer.v1alpha1.ReleaseHandoffRequest\x1a/.layercast.peer.v1alpha1.ReleaseHandoffResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\"layercast/peer/v1alpha1/peer.proto\x12\x17layercast.peer.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\x1a&layercast/engine/v1alpha1/engine.proto\">\n\x06Region\x12\x11\n\tregion_id\x18\x01 \x01(\x04\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x12\n\nsize_bytes\x18\x03 \x01(\x04\"$\n\x12GetManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\xa2\x01\n\x13GetManifestResponse\x12\x15\n\rmanifest_json\x18\x01 \x01(\x0c\x12\x46\n\x05\x66iles\x18\x02 \x03(\x0b\x32\x37.layercast.peer.v1alpha1.GetManifestResponse.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"(\n\x16\x44\x65scribeRegionsRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"{\n\x17\x44\x65scribeRegionsResponse\x12\x0f\n\x07library\x18\x01 \x01(\t\x12\x16\n\x0e\x61gent_metadata\x18\x02 \x01(\x0c\x12\x37\n\x07regions\x18\x03 \x03(\x0b\x32&.layercast.peer.v1alpha1.RegionAddress\"v\n\rRegionAddress\x12/\n\x06region\x18\x01 \x01(\x0b\x32\x1f.layercast.peer.v1alpha1.Region\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\x04\x12\x13\n\x0bmemory_kind\x18\x03 \x01(\t\x12\x0e\n\x06\x64\x65vice\x18\x04 \x01(\r\"<\n\x15WatchResidencyRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\x12\x13\n\x0bhost_memory\x18\x02 \x01(\x08\"U\n\x16WatchResidencyResponse\x12;\n\x08segments\x18\x01 \x03(\x0b\x32).layercast.peer.v1alpha1.SegmentResidency\"m\n\x10SegmentResidency\x12\x0f\n\x07segment\x18\x01 \x01(\r\x12/\n\x06region\x18\x02 \x01(\x0b\x32\x1f.layercast.peer.v1alpha1.Region\x12\x17\n\x0fverified_chunks\x18\x03 \x01(\x0c\">\n\x04Peer\x12\x0f\n\x07peer_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x14\n\x0c\x64\x61ta_address\x18\x03 \x01(\t\"X\n\x17StartCooperationRequest\x12-\n\x06target\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\"\x1a\n\x18StartCooperationResponse\"\xa5\x01\n\x07Handoff\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".layercast.engine.v1alpha1.Request\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\x12\x11\n\tpositions\x18\x03 \x01(\r\x12.\n\x05state\x18\x04 \x01(\x0b\x32\x1f.layercast.peer.v1alpha1.Region\x12\r\n\x05\x63rc32\x18\x05 \x01(\r\"y\n\x14OfferHandoffsRequest\x12-\n\x06source\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x32\n\x08handoffs\x18\x02 \x03(\x0b\x32 .layercast.peer.v1alpha1.Handoff\"U\n\x15OfferHandoffsResponse\x12\x1c\n\x14\x61\x63\x63\x65pted_request_ids\x18\x01 \x03(\t\x12\x0c\n\x04room\x18\x02 \x01(\r\x12\x10\n\x08\x63omplete\x18\x03 \x01(\x08\"v\n\x12TakeHandoffRequest\x12,\n\x05taker\x18\x01 \x01(\x0b\x32\x1d.layercast.peer.v1alpha1.Peer\x12\x32\n\x0e\x66irst_token_at\x18\x02 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\"k\n\x13TakeHandoffResponse\x12\x31\n\x07handoff\x18\x01 \x01(\x0b\x32 .layercast.peer.v1alpha1.Handoff\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\x12\x0f\n\x07waiting\x18\x03 \x01(\r\":\n\x15ReleaseHandoffRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05taken\x18\x02 \x01(\x08\"\x18\n\x16ReleaseHandoffResponse2\xa8\x06\n\x0bPeerService\x12h\n\x0bGetManifest\x12+.layercast.peer.v1alpha1.GetManifestRequest\x1a,.layercast.peer.v1alpha1.GetManifestResponse\x12s\n\x0eWatchResidency\x12..layercast.peer.v1alpha1.WatchResidencyRequest\x1a/.layercast.peer.v1alpha1.WatchResidencyResponse0\x01\x12t\n\x0f\x44\x65scribeRegions\x12/.layercast.peer.v1alpha1.DescribeRegionsRequest\x1a\x30.layercast.peer.v1alpha1.DescribeRegionsResponse\x12w\n\x10StartCooperation\x12\x30.layercast.peer.v1alpha1.StartCooperationRequest\x1a\x31.layercast.peer.v1alpha1.StartCooperationResponse\x12n\n\rOfferHandoffs\x12-.layercast.peer.v1alpha1.OfferHandoffsRequest\x1a..layercast.peer.v1alpha1.OfferHandoffsResponse\x12h\n\x0bTakeHandoff\x12+.layercast.peer.v1alpha1.TakeHandoffRequest\x1a,.layercast.peer.v1alpha1.TakeHandoffResponse\x12q\n\x0eReleaseHandoff\x12..layercast.peer.v1alpha1.ReleaseHandoffRequest\x1a/.layercast.peer.v1alpha1.ReleaseHandoffResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -43,32 +43,38 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GETMANIFESTRESPONSE']._serialized_end=401
   _globals['_GETMANIFESTRESPONSE_FILESENTRY']._serialized_start=357
   _globals['_GETMANIFESTRESPONSE_FILESENTRY']._serialized_end=401
-  _globals['_WATCHRESIDENCYREQUEST']._serialized_start=403
-  _globals['_WATCHRESIDENCYREQUEST']._serialized_end=463
-  _globals['_WATCHRESIDENCYRESPONSE']._serialized_start=465
-  _globals['_WATCHRESIDENCYRESPONSE']._serialized_end=550
-  _globals['_SEGMENTRESIDENCY']._serialized_start=552
-  _globals['_SEGMENTRESIDENCY']._serialized_end=661
-  _globals['_PEER']._serialized_start=663
-  _globals['_PEER']._serialized_end=725
-  _globals['_STARTCOOPERATIONREQUEST']._serialized_start=727
-  _globals['_STARTCOOPERATIONREQUEST']._serialized_end=815
-  _globals['_STARTCOOPERATIONRESPONSE']._serialized_start=817
-  _globals['_STARTCOOPERATIONRESPONSE']._serialized_end=843
-  _globals['_HANDOFF']._serialized_start=846
-  _globals['_HANDOFF']._serialized_end=1011
-  _globals['_OFFERHANDOFFSREQUEST']._serialized_start=1013
-  _globals['_OFFERHANDOFFSREQUEST']._serialized_end=1134
-  _globals['_OFFERHANDOFFSRESPONSE']._serialized_start=1136
-  _globals['_OFFERHANDOFFSRESPONSE']._serialized_end=1221
-  _globals['_TAKEHANDOFFREQUEST']._serialized_start=1223
-  _globals['_TAKEHANDOFFREQUEST']._serialized_end=1341
-  _globals['_TAKEHANDOFFRESPONSE']._serialized_start=1343
-  _globals['_TAKEHANDOFFRESPONSE']._serialized_end=1450
-  _globals['_RELEASEHANDOFFREQUEST']._serialized_start=1452
-  _globals['_RELEASEHANDOFFREQUEST']._serialized_end=1510
-  _globals['_RELEASEHANDOFFRESPONSE']._serialized_start=1512
-  _globals['_RELEASEHANDOFFRESPONSE']._serialized_end=1536
-  _globals['_PEERSERVICE']._serialized_start=1539
-  _globals['_PEERSERVICE']._serialized_end=2229
+  _globals['_DESCRIBEREGIONSREQUEST']._serialized_start=403
+  _globals['_DESCRIBEREGIONSREQUEST']._serialized_end=443
+  _globals['_DESCRIBEREGIONSRESPONSE']._serialized_start=445
+  _globals['_DESCRIBEREGIONSRESPONSE']._serialized_end=568
+  _globals['_REGIONADDRESS']._serialized_start=570
+  _globals['_REGIONADDRESS']._serialized_end=688
+  _globals['_WATCHRESIDENCYREQUEST']._serialized_start=690
+  _globals['_WATCHRESIDENCYREQUEST']._serialized_end=750
+  _globals['_WATCHRESIDENCYRESPONSE']._serialized_start=752
+  _globals['_WATCHRESIDENCYRESPONSE']._serialized_end=837
+  _globals['_SEGMENTRESIDENCY']._serialized_start=839
+  _globals['_SEGMENTRESIDENCY']._serialized_end=948
+  _globals['_PEER']._serialized_start=950
+  _globals['_PEER']._serialized_end=1012
+  _globals['_STARTCOOPERATIONREQUEST']._serialized_start=1014
+  _globals['_STARTCOOPERATIONREQUEST']._serialized_end=1102
+  _globals['_STARTCOOPERATIONRESPONSE']._serialized_start=1104
+  _globals['_STARTCOOPERATIONRESPONSE']._serialized_end=1130
+  _globals['_HANDOFF']._serialized_start=1133
+  _globals['_HANDOFF']._serialized_end=1298
+  _globals['_OFFERHANDOFFSREQUEST']._serialized_start=1300
+  _globals['_OFFERHANDOFFSREQUEST']._serialized_end=1421
+  _globals['_OFFERHANDOFFSRESPONSE']._serialized_start=1423
+  _globals['_OFFERHANDOFFSRESPONSE']._serialized_end=1508
+  _globals['_TAKEHANDOFFREQUEST']._serialized_start=1510
+  _globals['_TAKEHANDOFFREQUEST']._serialized_end=1628
+  _globals['_TAKEHANDOFFRESPONSE']._serialized_start=1630
+  _globals['_TAKEHANDOFFRESPONSE']._serialized_end=1737
+  _globals['_RELEASEHANDOFFREQUEST']._serialized_start=1739
+  _globals['_RELEASEHANDOFFREQUEST']._serialized_end=1797
+  _globals['_RELEASEHANDOFFRESPONSE']._serialized_start=1799
+  _globals['_RELEASEHANDOFFRESPONSE']._serialized_end=1823
+  _globals['_PEERSERVICE']._serialized_start=1826
+  _globals['_PEERSERVICE']._serialized_end=2634
 # @@protoc_insertion_point(module_scope)

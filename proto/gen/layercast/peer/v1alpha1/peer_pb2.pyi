@@ -124,6 +124,96 @@ class GetManifestResponse(_message.Message):
 Global___GetManifestResponse: _TypeAlias = GetManifestResponse  # noqa: Y015
 
 @_typing.final
+class DescribeRegionsRequest(_message.Message):
+    """DescribeRegionsRequest names a checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    digest: _builtins.str
+    """Digest of the checkpoint."""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRegionsRequest: _TypeAlias = DescribeRegionsRequest  # noqa: Y015
+
+@_typing.final
+class DescribeRegionsResponse(_message.Message):
+    """DescribeRegionsResponse is for the library that reads."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    LIBRARY_FIELD_NUMBER: _builtins.int
+    AGENT_METADATA_FIELD_NUMBER: _builtins.int
+    REGIONS_FIELD_NUMBER: _builtins.int
+    library: _builtins.str
+    """Name and version of the library and of this form; both ends need the same."""
+    agent_metadata: _builtins.bytes
+    """The library's own description of this process and of its registered memory."""
+    @_builtins.property
+    def regions(self) -> _containers.RepeatedCompositeFieldContainer[Global___RegionAddress]:
+        """Where each region lies, in the order of the manifest's segments."""
+
+    def __init__(
+        self,
+        *,
+        library: _builtins.str = ...,
+        agent_metadata: _builtins.bytes = ...,
+        regions: _abc.Iterable[Global___RegionAddress] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["agent_metadata", b"agent_metadata", "library", b"library", "regions", b"regions"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DescribeRegionsResponse: _TypeAlias = DescribeRegionsResponse  # noqa: Y015
+
+@_typing.final
+class RegionAddress(_message.Message):
+    """RegionAddress says where a region lies in its process."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REGION_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    MEMORY_KIND_FIELD_NUMBER: _builtins.int
+    DEVICE_FIELD_NUMBER: _builtins.int
+    address: _builtins.int
+    """Address of its first byte."""
+    memory_kind: _builtins.str
+    """Kind of memory, as the library calls it: DRAM or VRAM."""
+    device: _builtins.int
+    """Number of the device of that memory; 0 for the host's."""
+    @_builtins.property
+    def region(self) -> Global___Region:
+        """The region, as WatchResidency names it; another epoch is another region."""
+
+    def __init__(
+        self,
+        *,
+        region: Global___Region | None = ...,
+        address: _builtins.int = ...,
+        memory_kind: _builtins.str = ...,
+        device: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["region", b"region"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "device", b"device", "memory_kind", b"memory_kind", "region", b"region"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RegionAddress: _TypeAlias = RegionAddress  # noqa: Y015
+
+@_typing.final
 class WatchResidencyRequest(_message.Message):
     """WatchResidencyRequest names a checkpoint."""
 

@@ -47,6 +47,11 @@ class PeerServiceStub(object):
                 request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyRequest.SerializeToString,
                 response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyResponse.FromString,
                 _registered_method=True)
+        self.DescribeRegions = channel.unary_unary(
+                '/layercast.peer.v1alpha1.PeerService/DescribeRegions',
+                request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsRequest.SerializeToString,
+                response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsResponse.FromString,
+                _registered_method=True)
         self.StartCooperation = channel.unary_unary(
                 '/layercast.peer.v1alpha1.PeerService/StartCooperation',
                 request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.StartCooperationRequest.SerializeToString,
@@ -97,6 +102,21 @@ class PeerServiceServicer(object):
         | digest not held here  | NOT_FOUND   | uses another upstream              |
         | copy is being released| ABORTED     | uses another upstream at the chunk |
         |                       |             | where it stopped                   |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def DescribeRegions(self, request, context):
+        """DescribeRegions tells how the regions of a checkpoint are read one-sidedly,
+        past this process. What it tells is worth nothing without an address of the
+        fabric, and is only given over this authenticated channel. Read-only.
+
+        | condition                      | code                | the caller then        |
+        |--------------------------------|---------------------|------------------------|
+        | digest not held here           | NOT_FOUND           | asks another peer      |
+        | no one-sided reads here        | FAILED_PRECONDITION | uses the data address  |
+        | a peer of an earlier version   | UNIMPLEMENTED       | uses the data address  |
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -160,6 +180,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.WatchResidency,
                     request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyRequest.FromString,
                     response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyResponse.SerializeToString,
+            ),
+            'DescribeRegions': grpc.unary_unary_rpc_method_handler(
+                    servicer.DescribeRegions,
+                    request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsRequest.FromString,
+                    response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsResponse.SerializeToString,
             ),
             'StartCooperation': grpc.unary_unary_rpc_method_handler(
                     servicer.StartCooperation,
@@ -239,6 +264,33 @@ class PeerService(object):
             '/layercast.peer.v1alpha1.PeerService/WatchResidency',
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyRequest.SerializeToString,
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.WatchResidencyResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def DescribeRegions(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.peer.v1alpha1.PeerService/DescribeRegions',
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsRequest.SerializeToString,
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.DescribeRegionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

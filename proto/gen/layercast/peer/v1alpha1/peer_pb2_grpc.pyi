@@ -58,6 +58,17 @@ class PeerServiceStub:
     | copy is being released| ABORTED     | uses another upstream at the chunk |
     |                       |             | where it stopped                   |
     """
+    DescribeRegions: _grpc.UnaryUnaryMultiCallable[_peer_pb2.DescribeRegionsRequest, _peer_pb2.DescribeRegionsResponse]
+    """DescribeRegions tells how the regions of a checkpoint are read one-sidedly,
+    past this process. What it tells is worth nothing without an address of the
+    fabric, and is only given over this authenticated channel. Read-only.
+
+    | condition                      | code                | the caller then        |
+    |--------------------------------|---------------------|------------------------|
+    | digest not held here           | NOT_FOUND           | asks another peer      |
+    | no one-sided reads here        | FAILED_PRECONDITION | uses the data address  |
+    | a peer of an earlier version   | UNIMPLEMENTED       | uses the data address  |
+    """
     StartCooperation: _grpc.UnaryUnaryMultiCallable[_peer_pb2.StartCooperationRequest, _peer_pb2.StartCooperationResponse]
     """StartCooperation asks a serving worker (the source of requests) to share its
     queue with the calling target while the target loads: from now on the source
@@ -115,6 +126,17 @@ class PeerServiceAsyncStub(PeerServiceStub):
     | digest not held here  | NOT_FOUND   | uses another upstream              |
     | copy is being released| ABORTED     | uses another upstream at the chunk |
     |                       |             | where it stopped                   |
+    """
+    DescribeRegions: _aio.UnaryUnaryMultiCallable[_peer_pb2.DescribeRegionsRequest, _peer_pb2.DescribeRegionsResponse]  # type: ignore[assignment]
+    """DescribeRegions tells how the regions of a checkpoint are read one-sidedly,
+    past this process. What it tells is worth nothing without an address of the
+    fabric, and is only given over this authenticated channel. Read-only.
+
+    | condition                      | code                | the caller then        |
+    |--------------------------------|---------------------|------------------------|
+    | digest not held here           | NOT_FOUND           | asks another peer      |
+    | no one-sided reads here        | FAILED_PRECONDITION | uses the data address  |
+    | a peer of an earlier version   | UNIMPLEMENTED       | uses the data address  |
     """
     StartCooperation: _aio.UnaryUnaryMultiCallable[_peer_pb2.StartCooperationRequest, _peer_pb2.StartCooperationResponse]  # type: ignore[assignment]
     """StartCooperation asks a serving worker (the source of requests) to share its
@@ -182,6 +204,23 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         | digest not held here  | NOT_FOUND   | uses another upstream              |
         | copy is being released| ABORTED     | uses another upstream at the chunk |
         |                       |             | where it stopped                   |
+        """
+
+    @_abc_1.abstractmethod
+    def DescribeRegions(
+        self,
+        request: _peer_pb2.DescribeRegionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.DescribeRegionsResponse, _abc.Awaitable[_peer_pb2.DescribeRegionsResponse]]:
+        """DescribeRegions tells how the regions of a checkpoint are read one-sidedly,
+        past this process. What it tells is worth nothing without an address of the
+        fabric, and is only given over this authenticated channel. Read-only.
+
+        | condition                      | code                | the caller then        |
+        |--------------------------------|---------------------|------------------------|
+        | digest not held here           | NOT_FOUND           | asks another peer      |
+        | no one-sided reads here        | FAILED_PRECONDITION | uses the data address  |
+        | a peer of an earlier version   | UNIMPLEMENTED       | uses the data address  |
         """
 
     @_abc_1.abstractmethod
