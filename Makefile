@@ -63,6 +63,12 @@ test-cluster: $(STAMP) model ## Run the tests that need Kubernetes, against $KUB
 	@test -n "$${KUBECONFIG:-}" || { echo "Set KUBECONFIG to a cluster that the tests may use." >&2; exit 2; }
 	@$(BIN)/python -m pytest tests/cluster -q $(ARGS)
 
+# RDMA_VM names a program that boots a machine with RDMA verbs: `$RDMA_VM run SCRIPT ARG...` runs SCRIPT in it.
+.PHONY: test-rdma
+test-rdma: $(STAMP) ## Run a chain over real RDMA verbs, in the virtual machine that $RDMA_VM boots
+	@test -n "$${RDMA_VM:-}" || { echo "NOT RUN: set RDMA_VM to a program that boots a machine with soft-RoCE." >&2; exit 2; }
+	@"$$RDMA_VM" run tests/rdma/guest.sh "$(CURDIR)/$(BIN)/python"
+
 .PHONY: check check-style check-types check-imports check-proto check-generated check-chart check-tidy
 check: check-style check-types check-imports check-proto check-generated check-chart check-tidy ## Lint, types, import contracts, protos, house rules
 	@echo "All checks pass."

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from layercast_agent import logs
 from layercast_agent.node import running
+from layercast_agent.rdma import Rdma
 from layercast_agent.settings import AgentSettings, SettingsError
 
 log = logging.getLogger(__name__)
@@ -49,6 +50,12 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
     flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
+    flag(
+        "rdma",
+        "auto, require or off: whether workers read from each other by RDMA",
+        default="auto",
+        kind=Rdma,
+    )
     flag(
         "tls-dir",
         "folder with ca.crt, tls.crt, tls.key of agent.layercast.internal; empty: no TLS",

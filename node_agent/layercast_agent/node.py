@@ -31,8 +31,8 @@ from layercast_agent.regions import RegionTable
 from layercast_agent.server import wire_server
 from layercast_agent.settings import AgentSettings, SettingsError, parse_address
 from layercast_agent.store import Store
-from layercast_agent.transport.shm import ShmServer
 from layercast_agent.tls import Tls, TlsError, bind
+from layercast_agent.transport.shm import ShmServer
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 
 log = logging.getLogger(__name__)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from layercast_agent.errors import AgentError
+from layercast_agent.rdma import Rdma
 
 SOCKET_PATH_BYTES_MAX = 107
 """Linux's limit for the path of a Unix socket (sockaddr_un, less the final zero)."""
@@ -70,6 +71,9 @@ class AgentSettings:
 
     token_file: Path
     """File with the shared secret of the data plane; the workers read the same one."""
+
+    rdma: Rdma = Rdma.AUTO
+    """Whether workers read from each other by RDMA: `auto` where it is possible, `require`, `off`."""
 
     tls_dir: Path | None = None
     """Folder with `ca.crt`, `tls.crt`, `tls.key` of the role agent; None leaves everything in plain text."""

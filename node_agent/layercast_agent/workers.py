@@ -28,6 +28,7 @@ from layercast.worker.v1alpha1 import worker_pb2_grpc
 from layercast_agent.errors import AgentError
 from layercast_agent.health import Verdict, WorkerLimits, describe_exit, judge, restart_delay_s
 from layercast_agent.peer_manifest import MESSAGE_OPTIONS
+from layercast_agent.rdma import Rdma
 from layercast_agent.settings import AgentSettings, DeviceSlot
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,8 @@ def command_line(settings: AgentSettings, slot: DeviceSlot) -> list[str]:
         "--parent-pid": os.getpid(),
         "--log-format": settings.log_format,
     }
+    if settings.rdma is not Rdma.AUTO:
+        flags["--rdma"] = settings.rdma.value
     if settings.tls_dir is not None:
         flags["--tls-dir"] = settings.tls_dir
     return [*settings.worker_command, *(f"{flag}={value}" for flag, value in flags.items())]

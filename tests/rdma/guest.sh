@@ -4,8 +4,8 @@
 set -euo pipefail
 python=$1
 site=$("$python" -c 'import sysconfig; print(sysconfig.get_paths()["purelib"])')
+ibv_devinfo -d rxe0 | sed -n '1,12p'
 source /run/rdma-env
 nixl_env "$site"
-ibv_devinfo -d rxe0 | sed -n '1,12p'
 export UCX_LOG_LEVEL=${UCX_LOG_LEVEL:-info} NIXL_LOG_LEVEL=WARN PYTHONSAFEPATH=1 OMP_NUM_THREADS=1
 exec "$python" "$(dirname "$0")/chain.py"

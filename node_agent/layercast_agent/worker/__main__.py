@@ -20,12 +20,13 @@ from layercast.engine.v1alpha1 import engine_pb2_grpc
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 from layercast.worker.v1alpha1 import worker_pb2_grpc
 
-from layercast_agent import logs, tls
+from layercast_agent import logs, rdma, tls
 from layercast_agent.device import register_host_memory
 from layercast_agent.errors import PeerError
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.regions import RegionTable
 from layercast_agent.transport import shm_link
+from layercast_agent.transport.nixl import NixlPlane, NixlUnavailableError
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 from layercast_agent.worker import settings, warm
 from layercast_agent.worker.control import Assignment, WorkerServicer
@@ -100,6 +101,7 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         streams=streams,
         share=ComputeShare(options.cpu_share if device.type == "cpu" else 1.0),
         tls=secure,
+        plane=_one_sided(options, table, holdings),
     )
     assignment = Assignment(host)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(
@@ -126,6 +128,25 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         await assignment.unassign(assignment.replica.spec.replica_id)
     await asyncio.gather(server.stop(1.0), control.stop(1.0))
     data.close()
+
+
+def _one_sided(options: WorkerSettings, table: RegionTable, holdings: Holdings) -> NixlPlane | None:
+    """RDMA where the node has it; says why not, loudly when it was demanded."""
+    verdict = rdma.judge(rdma.look(), options.rdma)
+    plane, reason = None, verdict.reason
+    if verdict.use:
+        try:
+            plane = NixlPlane(table)
+            holdings.describe = plane.describe
+        except NixlUnavailableError as error:
+            reason = str(error)
+    loud = plane is None and options.rdma is rdma.Rdma.REQUIRE
+    log.log(
+        logging.WARNING if loud else logging.INFO,
+        "parameters are read by RDMA" if plane is not None else "parameters are read by tcp",
+        extra={"reason": reason},
+    )
+    return plane
 
 
 def _register_host_memory(path: Path, token: bytes, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from layercast.peer.v1alpha1 import peer_pb2
 from layercast_agent.holdings import Holdings
 from layercast_agent.regions import RegionTable
 from layercast_agent.tls import Tls
+from layercast_agent.transport.nixl import NixlPlane
 from layercast_agent.worker.pacing import ComputeShare
 from layercast_agent.worker.settings import WorkerSettings
 from layercast_agent.worker.streams import GatewayStreams
@@ -28,6 +29,8 @@ class WorkerHost:
     streams: GatewayStreams
     share: ComputeShare
     tls: Tls | None
+    plane: NixlPlane | None
+    """One-sided reads; None where the node has no RDMA."""
 
     def peer(self, replica_id: str) -> peer_pb2.Peer:
         """How others reach the replica on this worker."""

@@ -118,6 +118,7 @@ class Replica:
             segment_order=list(request.segment_order) or list(range(len(self.memory.memories))),
             token=self._host.settings.token,
             tls=self._host.tls,
+            plane=self._host.plane,
             on_segment=self._on_segment,
             on_end=self._on_transfer_end,
         )

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from layercast_agent.rdma import Rdma
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
@@ -35,6 +37,9 @@ class WorkerSettings:
 
     host_memory_socket: Path | None
     """Where the agent hands out its host pool; None when it has none."""
+    rdma: Rdma
+    """Whether to read from peers by RDMA."""
+
     tls_dir: Path | None
     """Folder of the agent's certificate; None leaves everything in plain text."""
 
@@ -69,6 +74,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--data-listen", default="127.0.0.1:0")
     parser.add_argument("--token-file", required=True, type=Path)
     parser.add_argument("--host-memory-socket", default="")
+    parser.add_argument("--rdma", default=Rdma.AUTO, type=Rdma)
     parser.add_argument("--tls-dir", default=None, type=Path)
     parser.add_argument("--device-memory-bytes", required=True, type=int)
     parser.add_argument("--cpu-share", default=1.0, type=float)
@@ -92,6 +98,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
         data_listen=flags.data_listen,
         token=token,
         host_memory_socket=Path(flags.host_memory_socket) if flags.host_memory_socket else None,
+        rdma=flags.rdma,
         tls_dir=flags.tls_dir,
         device_memory_bytes=flags.device_memory_bytes,
         cpu_share=flags.cpu_share,
