@@ -26,6 +26,10 @@ def _cores(text: str) -> tuple[int, ...]:
     return tuple(int(core) for core in text.split(",") if core.strip())
 
 
+def _folder(text: str) -> Path | None:
+    return Path(text) if text else None
+
+
 def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     """The flags; each has its default from LAYERCAST_<FLAG> when that is set."""
     parser = argparse.ArgumentParser(
@@ -50,18 +54,8 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
     flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
-    flag(
-        "rdma",
-        "auto, require or off: whether workers read from each other by RDMA",
-        default="auto",
-        kind=Rdma,
-    )
-    flag(
-        "tls-dir",
-        "folder with ca.crt, tls.crt, tls.key of agent.layercast.internal; empty: no TLS",
-        default="",
-        kind=lambda text: Path(text) if text else None,
-    )
+    flag("rdma", "auto, require or off: read from other workers by RDMA", default="auto", kind=Rdma)
+    flag("tls-dir", "folder with ca.crt, tls.crt, tls.key; empty: no TLS", default="", kind=_folder)
     flag("cpu-share", "share of one core that a CPU device may use, in (0, 1]", default="1", kind=float)
     flag(
         "cpu-cores", "cores of the workers, such as 0,1; empty leaves them unpinned", default="", kind=_cores
