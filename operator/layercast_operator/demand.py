@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -33,27 +34,32 @@ def parse_reading(text: str, *, at: float) -> Reading:
 
     Raises ValueError when the page lacks one of them: then it is no gateway of ours, or one of another version.
     """
-    # Histograms are most of the page and none of our business: the parser sees our lines only.
-    lines = (
-        line
-        for line in text.splitlines()
-        if line.startswith(_NAMES) or (line.startswith("# ") and line.split(" ", 3)[2:3] in _OUR_COMMENTS)
-    )
     values: dict[str, dict[str, float]] = {}
-    try:
-        families = list(text_string_to_metric_families("\n".join(lines) + "\n"))
-    except (KeyError, IndexError, TypeError, AttributeError) as error:
-        # The parser expects well-formed pages; whatever it stumbles over is the page's fault.
-        raise ValueError(f"the page is malformed: {error!r}") from error
-    for family in families:
-        by_model = values.setdefault(family.name, {})
-        for sample in family.samples:
-            model = sample.labels.get("model", "")
-            by_model[model] = by_model.get(model, 0.0) + (sample.value if sample.value > 0 else 0.0)
+    # Histograms are most of the page and none of our business: the parser sees our lines only.
+    for line in text.splitlines():
+        if line.startswith(_NAMES):
+            name, model, value = _sample(line)
+            by_model = values.setdefault(name, {})
+            by_model[model] = by_model.get(model, 0.0) + value
+        elif line.startswith("# ") and line.split(" ", 3)[2:3] in _OUR_COMMENTS:
+            values.setdefault(line.split(" ", 3)[2], {})
     missing = [name for name in _NAMES if name not in values]
     if missing:
         raise ValueError(f"the page has no {', '.join(missing)}")
     return Reading(at=at, values=values)
+
+
+@lru_cache(maxsize=1 << 14)
+def _sample(line: str) -> tuple[str, str, float]:
+    """Name, model and value of one line; most lines are the same from page to page. Raises ValueError."""
+    try:
+        for family in text_string_to_metric_families(line + "\n"):
+            for sample in family.samples:
+                return family.name, sample.labels.get("model", ""), sample.value if sample.value > 0 else 0.0
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
+        # The parser expects well-formed pages; whatever it stumbles over is the page's fault.
+        raise ValueError(f"the page is malformed: {error!r}") from error
+    raise ValueError(f"the page is malformed: {line[:80]!r}")
 
 
 def demand_of(

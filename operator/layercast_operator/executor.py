@@ -74,10 +74,13 @@ class Executor:
     """Asked before each command: without leadership nothing is begun."""
     _flights: dict[_Key, _Flight] = field(default_factory=dict)
     _failures: list[Failure] = field(default_factory=list)
+    _settled_at: float | None = None
 
     def submit(self, actions: Iterable[Action], snapshot: Snapshot) -> list[Action]:
         """Begin what can begin now; returns it. The rest is planned again when it still matters."""
-        self._settle(snapshot)
+        if self._settled_at != snapshot.at:  # once a pass, however many models submit
+            self._settle(snapshot)
+            self._settled_at = snapshot.at
         begun: list[Action] = []
         for action in actions if self.may_act() else ():
             key = (action.node, action.subject)

@@ -32,7 +32,7 @@ REPLACE_AFTER_MS = 1000
 def holders_of(snapshot: Snapshot, digest: str) -> list[Holder]:
     """Complete copies of a checkpoint that answer now: devices, host memory, disks."""
     found: list[Holder] = []
-    for node in snapshot.nodes:
+    for node in snapshot.holding(digest):
         if not node.fresh:
             continue
         for replica in node.replicas:

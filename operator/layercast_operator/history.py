@@ -1,6 +1,6 @@
 """The part of status that outlives a restart: past scales and the times of conditions, to JSON and back.
 
-Read back for display only: nothing is ever decided from it, so a damaged file costs history and nothing else.
+Read back for display, and to notice that spec.replicas was changed meanwhile; a damaged file costs that, nothing else.
 """
 
 from __future__ import annotations
@@ -57,9 +57,10 @@ def _seconds(text: str | None) -> float | None:
 
 
 def memory_of(status: Mapping[str, Any]) -> ModelMemory:
-    """What an earlier process reported, as memory: for display only, nothing is decided from it.
+    """What an earlier process reported, as memory.
 
-    Keeps the history of scales and the times of conditions over a restart. What cannot be read is left out.
+    Keeps the history of scales and the times of conditions over a restart, for display only, and which spec.replicas
+    was acted on: a change that was made meanwhile must not be taken for an old wish. What cannot be read is left out.
     """
     scales: list[ScaleRecord] = []
     for entry in status.get("scales") or ():
@@ -74,7 +75,9 @@ def memory_of(status: Mapping[str, Any]) -> ModelMemory:
             conditions[str(entry["type"])] = ConditionMemory(status=str(entry["status"]), since=since)
         except (KeyError, TypeError, ValueError):
             continue
-    return ModelMemory(scales=tuple(scales), conditions=conditions)
+    replicas = status.get("observedReplicas")
+    told = replicas if isinstance(replicas, int) and not isinstance(replicas, bool) else None
+    return ModelMemory(scales=tuple(scales), conditions=conditions, spec_replicas=told)
 
 
 def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:

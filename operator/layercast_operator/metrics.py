@@ -20,6 +20,8 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self._listed: dict[str, set[str]] = {}
+        self._states: dict[str, set[str]] = {}
         self.replicas = Gauge(
             _PREFIX + "replicas",
             "Replicas by state, `desired` included.",
@@ -120,6 +122,7 @@ class Metrics:
     def show_model(self, status: Mapping[str, Any], replicas: tuple[Replica, ...]) -> None:
         """Take over what a pass reported of one model."""
         model = str(status["name"])
+        self._states[model] = set(status["counts"])
         for state, count in status["counts"].items():
             self.replicas.labels(model, state).set(count)
         known = any(c["type"] == "MetricsAvailable" and c["status"] == "True" for c in status["conditions"])
@@ -133,9 +136,10 @@ class Metrics:
         }
         for where, count in (copies | {"total": sum(copies.values())}).items():
             self.memory_copies.labels(model, where).set(count)
-        listed = {(model, replica.replica_id) for replica in replicas}
-        for series in (self.layers_resident, self.transfer_bytes_per_s):
-            _forget(series, model, keep=listed)
+        listed = {replica.replica_id for replica in replicas}
+        for gone in self._listed.get(model, set()) - listed:
+            self._forget_replica(model, gone)
+        self._listed[model] = listed
         for replica in replicas:
             self.layers_resident.labels(model, replica.replica_id).set(replica.layers_resident)
             rate = replica.transfer.bytes_per_s if replica.transfer is not None and replica.arriving else 0
@@ -143,30 +147,23 @@ class Metrics:
 
     def forget_model(self, model: str) -> None:
         """Its ModelService is gone."""
-        for series in (
-            self.replicas,
-            self.layers_resident,
-            self.transfer_bytes_per_s,
-            self.host_copies,
-            self.memory_copies,
-        ):
-            _forget(series, model, keep=set())
+        for replica in self._listed.pop(model, set()):
+            self._forget_replica(model, replica)
         with contextlib.suppress(KeyError):
             self.metrics_available.remove(model)
+        for state in self._states.pop(model, set()):
+            self.replicas.remove(model, state)
+        for copy_state in HostCopyState:
+            with contextlib.suppress(KeyError):
+                self.host_copies.remove(model, copy_state.value)
+        for where in ("device", "host", "total"):
+            with contextlib.suppress(KeyError):
+                self.memory_copies.remove(model, where)
 
-
-def _forget(series: Gauge, model: str, *, keep: set[tuple[str, str]]) -> None:
-    """Remove the series of one model that nothing stands behind any more."""
-    shown = {
-        (sample.labels["model"], sample.labels[name])
-        for metric in series.collect()
-        for sample in metric.samples
-        for name in sample.labels
-        if name != "model"
-    }
-    for labels in shown - keep:
-        if labels[0] == model:
-            series.remove(*labels)
+    def _forget_replica(self, model: str, replica: str) -> None:
+        for series in (self.layers_resident, self.transfer_bytes_per_s):
+            with contextlib.suppress(KeyError):
+                series.remove(model, replica)
 
 
 async def serve_metrics(

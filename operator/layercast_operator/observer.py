@@ -20,12 +20,14 @@ from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
 from layercast_operator.prometheus import Prometheus
 from layercast_operator.prometheus_demand import joined
-from layercast_operator.snapshot import Node, NodeFacts, NodeHealth, Snapshot
+from layercast_operator.snapshot import Node, NodeFacts, NodeHealth, ReplicaState, Snapshot
 
 _LOG = logging.getLogger(__name__)
 
 SCRAPE_BYTES_MAX = 8 << 20
 SOON_S = 0.02
+# All nodes together are asked at most so often a second; a node where something moves is asked every `poll_s`.
+POLLS_PER_S = 150.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -172,10 +174,13 @@ class Observer:
 
     def _pause_s(self, watch: _Watch) -> float:
         """Shorter while a replica has no address yet: its transfer, and so its first token, waits for that."""
-        incomplete = watch.node is not None and any(
-            not r.peer.address for r in watch.node.replicas if r.active
-        )
-        return min(self.limits.poll_s, SOON_S) if incomplete else self.limits.poll_s
+        poll_s = self.limits.poll_s
+        if watch.node is None or watch.failing_since is not None:
+            return poll_s
+        if any(not r.peer.address for r in watch.node.replicas if r.active):
+            return min(poll_s, SOON_S)
+        moves = any(r.state is not ReplicaState.SERVING for r in watch.node.replicas)
+        return poll_s if moves else max(poll_s, len(self._watches) / POLLS_PER_S)
 
     async def _poll(self, name: str, watch: _Watch) -> None:
         asked_at = self.clock()

@@ -29,12 +29,15 @@ from layercast_operator.routes import RouteInput, RouteTable, route_of, route_of
 from layercast_operator.snapshot import Snapshot, with_pending
 from layercast_operator.state import ConditionMemory, ModelMemory, after_actions, after_error
 from layercast_operator.status import report, report_invalid
-from layercast_operator.turn import take_turn
+from layercast_operator.turn import gist_of, is_calm, take_turn
 
 _LOG = logging.getLogger(__name__)
 
 _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 ALIVE_AFTER_PASS_S = 10.0
+# A model with nothing to do has a turn at least so often: windows end, copies elsewhere come and go.
+CALM_S = 2.0
+TURNS_AT_ONCE = 20
 
 
 class Clock:
@@ -70,6 +73,8 @@ class Reconciler:
     _memories: dict[str, ModelMemory] = field(default_factory=dict)
     _invalid: dict[str, dict[str, ConditionMemory]] = field(default_factory=dict)
     _routes: dict[str, route_pb2.ModelRoute] = field(default_factory=dict)
+    _calm: dict[str, tuple[float, object]] = field(default_factory=dict)
+    """Models with nothing to do: until when, and what that was found from."""
     _passed_at: float | None = None
     _ready: bool = False
 
@@ -77,11 +82,14 @@ class Reconciler:
         """Pass after pass until `stop`; a pass that fails is logged and followed by the next."""
         while not stop.is_set():
             self.wake.clear()
+            begun_at = self.clock()
             try:
                 await self.pass_once()
             except Exception:
                 self.metrics.reconcile_errors.labels("").inc()
                 _LOG.exception("a pass ended by an exception")
+            # Polls and scrapes need the loop as well: whatever wakes us, passes take at most half of it.
+            await asyncio.sleep(min(self.clock() - begun_at, self.tick_s))
             # asyncio.wait_for of Python 3.11 loses a cancellation that comes together with the event.
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self.tick_s):
@@ -110,8 +118,11 @@ class Reconciler:
         )
         self._take_failures()
         taken: set[tuple[str, str]] = set()
-        for model in desired.models:
-            await self._one_model(model, desired, snapshot, taken)
+        for number, model in enumerate(desired.models):
+            if number % TURNS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # nobody waits for hundreds of turns
+            if not self._rests(model, snapshot):
+                await self._one_model(model, desired, snapshot, taken)
         self._keep_host_copies(desired, snapshot)
         await self._others(desired, snapshot)
         known = bool(desired.agents) or (desired.complete and not desired.problem)
@@ -120,10 +131,16 @@ class Reconciler:
             self._ready = True
         self._passed_at = self.clock()
 
+    def _rests(self, model: ModelService, snapshot: Snapshot) -> bool:
+        """Whether its last turn found nothing to do, and nothing that it depends on is different since."""
+        calm = self._calm.get(model.name)
+        return calm is not None and snapshot.at < calm[0] and calm[1] == gist_of(model, snapshot)
+
     def _take_failures(self) -> None:
         for failure in self.executor.take_failures():
             model = failure.action.model
             if model in self._memories:
+                self._calm.pop(model, None)
                 self._memories[model] = after_error(
                     self._memories[model],
                     failure.action,
@@ -174,6 +191,12 @@ class Reconciler:
         self._routes[name] = route_of(
             RouteInput(model=model, resolved=told.memory.resolved, replicas=replicas, message=told.message)
         )
+        self._calm.pop(name, None)
+        if is_calm(turn, replicas):
+            self._calm[name] = (
+                snapshot.at + CALM_S * (0.5 + secrets.randbelow(50) / 100),
+                gist_of(model, snapshot),
+            )
         self.metrics.show_model(told.status, replicas)
         await self.cluster.write_status(name, told.status)
 
@@ -221,6 +244,7 @@ class Reconciler:
             _LOG.info("a ModelService and its replicas are gone", extra={"model": name})
             del self._routes[name]
             self._memories.pop(name, None)
+            self._calm.pop(name, None)
             self.metrics.forget_model(name)
             await self.cluster.forget(name)
         for name in left:

@@ -281,6 +281,16 @@ class Demand:
     """Why it is not complete, in one word; empty means that a gateway is missing."""
 
 
+@dataclass(slots=True)
+class _Index:
+    """What a snapshot was asked before: with hundreds of models each question is asked hundreds of times."""
+
+    nodes: dict[str, Node] | None = None
+    all: tuple[Replica, ...] | None = None
+    by_model: dict[str, tuple[Replica, ...]] | None = None
+    by_digest: dict[str, tuple[Node, ...]] | None = None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
     """Everything that a pass knows."""
@@ -295,6 +305,7 @@ class Snapshot:
     """Why `demand` lacks models, in words."""
     ttft_p99_s: Mapping[str, float] = field(default_factory=dict)
     """By model, where it is known: 99th percentile of the time to the first token."""
+    _index: _Index = field(default_factory=_Index, init=False, compare=False, repr=False)
 
     @property
     def present(self) -> Iterator[Node]:
@@ -303,12 +314,35 @@ class Snapshot:
 
     def node(self, name: str) -> Node | None:
         """The node of that name."""
-        return next((node for node in self.nodes if node.name == name), None)
+        if self._index.nodes is None:
+            self._index.nodes = {node.name: node for node in reversed(self.nodes)}
+        return self._index.nodes.get(name)
 
     def replicas(self, model: str | None = None) -> tuple[Replica, ...]:
         """Replicas on nodes that are not lost, of one model or of all, in order of their ids."""
-        found = (r for node in self.present for r in node.replicas if model is None or r.model == model)
-        return tuple(sorted(found, key=lambda replica: replica.replica_id))
+        if self._index.all is None:
+            found = (r for node in self.present for r in node.replicas)
+            self._index.all = tuple(sorted(found, key=lambda replica: replica.replica_id))
+        if model is None:
+            return self._index.all
+        if self._index.by_model is None:
+            by_model: dict[str, list[Replica]] = {}
+            for replica in self._index.all:
+                by_model.setdefault(replica.model, []).append(replica)
+            self._index.by_model = {name: tuple(each) for name, each in by_model.items()}
+        return self._index.by_model.get(model, ())
+
+    def holding(self, digest: str) -> tuple[Node, ...]:
+        """Nodes that have anything of a checkpoint, in their order: a replica, or a copy."""
+        if self._index.by_digest is None:
+            by_digest: dict[str, dict[str, Node]] = {}
+            for node in self.nodes:
+                digests = {r.digest for r in node.replicas} | {c.digest for c in node.checkpoints}
+                digests |= {copy.digest for copy in node.host_copies}
+                for each in digests:
+                    by_digest.setdefault(each, {})[node.name] = node
+            self._index.by_digest = {each: tuple(found.values()) for each, found in by_digest.items()}
+        return self._index.by_digest.get(digest, ())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -72,6 +72,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
     status: dict[str, Any] = {
         "name": model.name,
         "observedGeneration": model.generation,
+        "observedReplicas": memory.spec_replicas,
         "ready": f"{counts.serving}/{counts.desired}",
         "counts": {
             "desired": counts.desired,
@@ -115,6 +116,7 @@ def report_invalid(
     status = {
         "name": name,
         "observedGeneration": 0,
+        "observedReplicas": None,
         "ready": "0/0",
         "counts": {"desired": 0, "serving": 0, "loading": 0, "draining": 0, "active": 0},
         "selector": selector(name),

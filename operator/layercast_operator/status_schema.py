@@ -116,6 +116,9 @@ def status() -> Schema:
         "What was last seen. Written by the operator only.",
         {
             "observedGeneration": int64("The generation of the specification that is in force."),
+            "observedReplicas": int32(
+                "The spec.replicas that was acted on last: another one is a person's wish, also after a restart."
+            ),
             "ready": text("Replicas that serve and replicas wanted, for the eye."),
             "counts": mapping(
                 "Replicas by what they do.",

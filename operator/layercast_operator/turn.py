@@ -5,7 +5,7 @@ The reconciler takes turns with the real cluster, the tests with worlds made of 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from layercast_operator.modelservice import ModelService, ScalePolicy, Scaling, ScalingMode
@@ -75,6 +75,20 @@ def take_turn(
     )
 
 
+def gist_of(model: ModelService, snapshot: Snapshot) -> object:
+    """What the next turn of a model with nothing to do depends on: equal means that it would do nothing again."""
+    replicas = snapshot.replicas(model.name)
+    places = tuple((n.health, n.facts) for n in (snapshot.node(r.node) for r in replicas) if n is not None)
+    return (model, snapshot.demand.get(model.name), snapshot.unseen, replicas, places)
+
+
+def is_calm(turn: Turn, replicas: Sequence[Replica]) -> bool:
+    """Nothing was done, nothing is missing, nothing is on its way and no window runs."""
+    settled = all(replica.state is ReplicaState.SERVING for replica in replicas)
+    waits = turn.plan.actions or turn.plan.blocked or turn.changed or turn.decision.below_since is not None
+    return settled and not waits and len(replicas) == turn.memory.target
+
+
 def _choose_target(
     model: ModelService, policy: ScalePolicy, snapshot: Snapshot, memory: ModelMemory, room: int | None
 ) -> tuple[Decision, ModelMemory, Decision | None]:
@@ -86,7 +100,7 @@ def _choose_target(
         return Decision(replicas=active, rule=Rule.UNKNOWN, reason=reason), memory, None
     scaling = model.scaling
     if memory.target is None:
-        decision = _first_target(model, active, room)
+        decision = _first_target(model, active, room, acted_on=memory.spec_replicas)
     elif memory.spec_replicas != model.replicas:
         replicas = _within(model.replicas, scaling)
         reason = f"spec.replicas was changed from {memory.spec_replicas} to {model.replicas}"
@@ -151,9 +165,10 @@ def _follow_demand(
     return decision, memory, None
 
 
-def _first_target(model: ModelService, active: int, room: int | None) -> Decision:
+def _first_target(model: ModelService, active: int, room: int | None, *, acted_on: int | None) -> Decision:
     """After a start: what runs goes on, within bounds; where nothing runs, the specification says where to start."""
-    if active and model.scaling is not None and model.scaling.mode is ScalingMode.AUTO:
+    changed = acted_on is not None and acted_on != model.replicas
+    if active and model.scaling is not None and model.scaling.mode is ScalingMode.AUTO and not changed:
         replicas = _within(active, model.scaling)
         reason = f"{counted(active, 'replica')} found running"
     else:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from layercast_operator.cluster.api import KubeApi
+from layercast_operator.cluster.api import MERGE, KubeApi
 from layercast_operator.cluster.mirror import Key
 from layercast_operator.errors import KubernetesError
 
@@ -28,6 +28,12 @@ WRITES_PER_S = 40.0
 WRITERS = 8
 RETRY_S = 1.0
 RETRY_MAX_S = 30.0
+UNPROCESSABLE = 422
+# Those that may be there and then not.
+KEYS = (
+    "ready", "counts", "observedGeneration", "observedReplicas", "selector", "conditions", "replicas", "lastScale",
+    "scales", "decision", "recommendation", "latency", "endpoint",
+)  # fmt: skip
 GONE = (404, 409)
 """The object is not there, or it is another one of the same name."""
 
@@ -132,6 +138,17 @@ class StatusWriter:
         except TimeoutError:
             _LOG.warning("some statuses were not written", extra={"count": len(left)})
 
+    async def _send(self, path: str, body: dict[str, Any]) -> None:
+        try:
+            await self.api.apply(path, body, owner=OWNER)
+        except KubernetesError as error:
+            if error.code != UNPROCESSABLE:
+                raise
+            # Kubernetes 1.20 makes null of an object that is not applied any more, and refuses that itself.
+            status = {key: body["status"].get(key) for key in KEYS}
+            query = {"fieldManager": OWNER}
+            await self.api.call("PATCH", path, body={"status": status}, query=query, content_type=MERGE)
+
     @staticmethod
     def _differs(entry: _Entry) -> bool:
         return entry.written != entry.wanted
@@ -161,7 +178,7 @@ class StatusWriter:
         path = f"{API}/namespaces/{namespace}/modelservices/{name}/status"
         pause_s = SOON_S
         try:
-            await self.api.apply(path, body, owner=OWNER)
+            await self._send(path, body)
             entry.written, entry.failures = status, 0
         except KubernetesError as error:
             pause_s = min(RETRY_S * 2.0**entry.failures, RETRY_MAX_S)
