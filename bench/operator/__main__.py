@@ -1,9 +1,9 @@
 """`python -m bench.operator`: what the operator costs with many ModelServices, and how fast it acts.
 
 A real `layercast-operator` process; nodes and a gateway that speak the real protocols and do nothing
-(`bench.operator.fleet`, a process of its own). With KUBECONFIG the ModelServices are objects of that API server, else files of a folder.
-Measured: its CPU and memory when all is settled, the time from a changed object to the command at an agent, and the
-time from demand on a gateway's page to that command.
+(`bench.operator.fleet`, a process of its own). With KUBECONFIG the ModelServices are objects of that API server,
+else files of a folder. Measured: its CPU and memory when all is settled, the time from a changed object to the
+command at an agent, and the time from demand on a gateway's page to that command.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ async def operator(flags: list[str], folder: Path) -> AsyncIterator[asyncio.subp
     """A real operator."""
     command = [sys.executable, "-m", "layercast_operator", "--listen", "127.0.0.1:0"]
     command += ["--metrics-listen", "127.0.0.1:0", *flags]
-    with (Path("/tmp/lc/k8s-bench.log")).open("wb") as log:
+    with (folder / "operator.log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(*command, stderr=log)
     try:
         yield process

@@ -21,6 +21,7 @@ from layercast_gateway.answers import AnswerShape, ChoiceText
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import ClientError, GatewayError, RetryLaterError, ShuttingDownError
 from layercast_gateway.intake import Job, begin
+from layercast_gateway.key_ring import KeyRing, allow
 from layercast_gateway.metrics import UNKNOWN_MODEL, Metrics
 from layercast_gateway.openai import GenerationRequest, parse_chat, parse_completion
 from layercast_gateway.settings import Settings
@@ -39,7 +40,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 class Api:
     """Handlers of one gateway."""
 
-    def __init__(self, *, settings: Settings, dispatcher: Dispatcher, texts: Texts, metrics: Metrics) -> None:
+    def __init__(
+        self, *, settings: Settings, dispatcher: Dispatcher, texts: Texts, metrics: Metrics, ring: KeyRing
+    ) -> None:
+        self._ring = ring
         self._settings = settings
         self._dispatcher = dispatcher
         self._texts = texts
@@ -79,17 +83,20 @@ class Api:
         """Returns when no request is in flight."""
         await self._idle.wait()
 
-    async def _models(self, _: web.Request) -> web.Response:
+    async def _models(self, request: web.Request) -> web.Response:
+        key = self._ring.known(authorization(request))
         table = self._dispatcher.table
         if table is None:
             raise RetryLaterError("This gateway has no routing table yet.")
         data = [
             answers.model_body(name=route.model, created_unix_s=route.created_unix_s)
             for _, route in sorted(table.items())
+            if key is None or not key.models or route.model in key.models
         ]
         return _json({"object": "list", "data": data})
 
     async def _model(self, request: web.Request) -> web.Response:
+        allow(self._ring.known(authorization(request)), request.match_info["model"])
         route = self._dispatcher.route(request.match_info["model"])
         return _json(answers.model_body(name=route.model, created_unix_s=route.created_unix_s))
 
@@ -109,9 +116,12 @@ class Api:
         try:
             if self.closing:
                 raise ShuttingDownError("This gateway is shutting down.")
-            wanted = parse(await request.read())
-            label["model"] = self._dispatcher.route(wanted.model).model
-            response, code = await self._generate(request, wanted)
+            # Before the body is read: who may not ask costs nothing.
+            with self._ring.using(authorization(request)) as key:
+                wanted = parse(await request.read())
+                allow(key, wanted.model)
+                label["model"] = self._dispatcher.route(wanted.model).model
+                response, code = await self._generate(request, wanted)
             label["code"] = str(code)
             return response
         except GatewayError as error:
@@ -181,8 +191,9 @@ class Api:
         await response.write_eof()
         return response, 200
 
-    async def _render_metrics(self, _: web.Request) -> web.Response:
-        body = self._metrics.render(self._dispatcher.demands())
+    async def _render_metrics(self, request: web.Request) -> web.Response:
+        """All series, or those of `?name[]=`: the operator asks for three, many times a second."""
+        body = self._metrics.render(self._dispatcher.demands(), request.query.getall("name[]", []))
         return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
     async def _healthz(self, _: web.Request) -> web.Response:
@@ -205,6 +216,11 @@ class Api:
         ready = table is not None and not leaving
         body = {"ready": ready, "reason": reason, "routes_known": table is not None, "models": models}
         return _json(body, status=200 if ready else 503)
+
+
+def authorization(request: web.Request) -> str:
+    """The header that carries the key; empty without one."""
+    return request.headers.get("Authorization", "")
 
 
 def _json(body: dict[str, Any], *, status: int = 200) -> web.Response:

@@ -2,11 +2,13 @@
 
 GatewayError
 ├── ClientError                 the request is wrong; sending it again would not help
+│   ├── UnauthorizedError       401
 │   ├── UnknownModelError       404
 │   ├── ContextLengthError      400, with the numbers
 │   └── UnsupportedFieldError   400, names the field
 ├── RetryLaterError             nothing is wrong with the request; carries Retry-After
 │   ├── QueueFullError          429
+│   ├── KeyLimitError           429
 │   ├── NoReplicaError          503: no replica serves, and none is on its way
 │   ├── QueueDeadlineError      503: the deadline passed while the request waited
 │   └── ShuttingDownError       503: this gateway ends
@@ -60,6 +62,18 @@ class ClientError(GatewayError):
     error_type = "invalid_request_error"
 
 
+class UnauthorizedError(ClientError):
+    """The request has no API key, or one that is not known."""
+
+    status = 401
+    error_type = "authentication_error"
+    default_code = "invalid_api_key"
+
+    def __init__(self, *, given: bool) -> None:
+        text = "This API key is not known." if given else "An API key is needed: `Authorization: Bearer KEY`."
+        super().__init__(text)
+
+
 class UnknownModelError(ClientError):
     """No ModelService has this name."""
 
@@ -104,6 +118,18 @@ class QueueFullError(RetryLaterError):
     error_type = "rate_limit_error"
     default_code = "queue_full"
     default_retry_after_s = 1
+
+
+class KeyLimitError(RetryLaterError):
+    """An API key has as many requests as it may have."""
+
+    status = 429
+    error_type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, name: str, *, retry_after_s: int) -> None:
+        super().__init__(f"The API key {name} has reached its limit of requests.")
+        self.retry_after_s = retry_after_s
 
 
 class NoReplicaError(RetryLaterError):

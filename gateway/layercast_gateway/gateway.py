@@ -8,12 +8,14 @@ import logging
 import os
 import socket
 import uuid
+from pathlib import Path
 
 from aiohttp import web
 
 from layercast_gateway.app import Api
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import SettingsError
+from layercast_gateway.key_ring import KeyRing
 from layercast_gateway.metrics import Metrics
 from layercast_gateway.route_watch import RouteWatch
 from layercast_gateway.routes import RouteTable
@@ -36,7 +38,10 @@ class Gateway:
         metrics = Metrics()
         self.dispatcher = Dispatcher(settings=settings, gateway_id=self._gateway_id, metrics=metrics)
         self._texts = Texts(self.dispatcher)
-        self._api = Api(settings=settings, dispatcher=self.dispatcher, texts=self._texts, metrics=metrics)
+        ring = KeyRing(Path(settings.api_keys_file) if settings.api_keys_file else None, metrics=metrics)
+        self._api = Api(
+            settings=settings, dispatcher=self.dispatcher, texts=self._texts, metrics=metrics, ring=ring
+        )
         # Without cancellation a client that leaves would go unnoticed until its answer is written.
         self._runner = web.AppRunner(
             self._api.application(),

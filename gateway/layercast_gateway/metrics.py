@@ -6,7 +6,7 @@ series means unknown, which is not the same as no demand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -59,6 +59,12 @@ class Metrics:
             ("model", "code"),
             registry=registry,
         )
+        self.key_requests = Counter(
+            prefix + "key_requests",
+            "Requests by the name of their API key and what became of them at the door.",
+            ("key", "outcome"),
+            registry=registry,
+        )
         self.ttft = Histogram(
             prefix + "ttft_seconds",
             "From acceptance to the first token, seen here.",
@@ -91,10 +97,10 @@ class Metrics:
         for counted in (self.ttft, self.tbt, self.replays, self.handoffs, self.tokens):
             counted.labels(model)
 
-    def render(self, demands: Iterable[Demand]) -> bytes:
-        """The text format of Prometheus, with the demand of this moment."""
+    def render(self, demands: Iterable[Demand], names: Sequence[str] = ()) -> bytes:
+        """The text format of Prometheus, with the demand of this moment; of `names` only, where some are given."""
         for demand in demands:
             self.prompt_tokens_waiting.labels(demand.model).set(demand.prompt_tokens_waiting)
             self.requests_waiting.labels(demand.model).set(demand.requests_waiting)
             self.requests_in_flight.labels(demand.model).set(demand.requests_in_flight)
-        return generate_latest(self.registry)
+        return generate_latest(self.registry.restricted_registry(names) if names else self.registry)

@@ -51,6 +51,9 @@ class Settings:
     body_bytes_max: int = 8 << 20
     """Largest request body; larger ones are answered with 413."""
 
+    api_keys_file: str = ""
+    """File with the hashes and limits of the API keys; read again when it changes. Empty: everybody may ask."""
+
     log_format: str = "text"
     """`text`, or `json` for one JSON object a line."""
 

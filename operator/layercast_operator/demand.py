@@ -17,8 +17,8 @@ from layercast_operator.snapshot import Demand
 PROMPT_TOKENS_WAITING = "layercast_gateway_prompt_tokens_waiting"
 REQUESTS_WAITING = "layercast_gateway_requests_waiting"
 REQUESTS_IN_FLIGHT = "layercast_gateway_requests_in_flight"
-_NAMES = (PROMPT_TOKENS_WAITING, REQUESTS_WAITING, REQUESTS_IN_FLIGHT)
-_OUR_COMMENTS = [[name] for name in _NAMES]
+NAMES = (PROMPT_TOKENS_WAITING, REQUESTS_WAITING, REQUESTS_IN_FLIGHT)
+_OUR_COMMENTS = [[name] for name in NAMES]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,13 +37,13 @@ def parse_reading(text: str, *, at: float) -> Reading:
     values: dict[str, dict[str, float]] = {}
     # Histograms are most of the page and none of our business: the parser sees our lines only.
     for line in text.splitlines():
-        if line.startswith(_NAMES):
+        if line.startswith(NAMES):
             name, model, value = _sample(line)
             by_model = values.setdefault(name, {})
             by_model[model] = by_model.get(model, 0.0) + value
         elif line.startswith("# ") and line.split(" ", 3)[2:3] in _OUR_COMMENTS:
             values.setdefault(line.split(" ", 3)[2], {})
-    missing = [name for name in _NAMES if name not in values]
+    missing = [name for name in NAMES if name not in values]
     if missing:
         raise ValueError(f"the page has no {', '.join(missing)}")
     return Reading(at=at, values=values)

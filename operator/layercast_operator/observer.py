@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 import aiohttp
 
 from layercast_operator.agents import AgentCalls
-from layercast_operator.demand import Reading, demand_of, parse_reading
+from layercast_operator.demand import NAMES, Reading, demand_of, parse_reading
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
 from layercast_operator.prometheus import Prometheus
@@ -25,6 +25,7 @@ from layercast_operator.snapshot import Node, NodeFacts, NodeHealth, ReplicaStat
 _LOG = logging.getLogger(__name__)
 
 SCRAPE_BYTES_MAX = 8 << 20
+DEMAND_ONLY = [("name[]", name) for name in NAMES]
 SOON_S = 0.02
 # All nodes together are asked at most so often a second; a node where something moves is asked every `poll_s`.
 POLLS_PER_S = 150.0
@@ -216,7 +217,7 @@ class Observer:
             )
         asked_at = self.clock()
         try:
-            async with self._session.get(f"http://{gateway}/metrics") as answer:
+            async with self._session.get(f"http://{gateway}/metrics", params=DEMAND_ONLY) as answer:
                 answer.raise_for_status()
                 body = await answer.content.read(SCRAPE_BYTES_MAX)
                 while not answer.content.at_eof() and len(body) < SCRAPE_BYTES_MAX:
