@@ -13,6 +13,7 @@ from layercast_cli import settings
 from layercast_cli.errors import CliError
 from layercast_cli.explain import explain
 from layercast_cli.get import get
+from layercast_cli.kubectl import is_remote, show
 from layercast_cli.scale import scale
 from layercast_cli.state import StateDir
 from layercast_cli.timeline import timeline
@@ -59,6 +60,10 @@ def run(flags: argparse.Namespace) -> int:
 
 def view(flags: argparse.Namespace, state: StateDir) -> str:
     """The text of the commands that only read, or change one number."""
+    if flags.command in {"explain", "timeline", "get"} and is_remote(flags.name):
+        every = flags.command == "timeline" and flags.all
+        output = flags.output if flags.command == "get" else ""
+        return show(flags.command, flags.name, output=output, every=every)
     if flags.command == "scale":
         return scale(state, name=flags.name, replicas=flags.replicas)
     if flags.command == "explain":

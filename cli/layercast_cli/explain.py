@@ -10,6 +10,7 @@ from layercast_cli.modelfile import read_service
 from layercast_cli.state import StateDir
 from layercast_cli.status import (
     Condition,
+    Decision,
     HostCopy,
     ReplicaStatus,
     Scale,
@@ -31,6 +32,7 @@ def explain(state: StateDir, *, name: str) -> str:
 def explanation(status: ServiceStatus, *, now: float) -> str:
     """All that the status file says, for a reader; `now` in unix seconds."""
     parts = [headline(status), *_conditions(status, now)]
+    parts += _now(status.decision)
     parts += _decision(status.last_scale, now)
     if status.recommendation:
         parts += ["", f"Recommendation: {status.recommendation}"]
@@ -59,6 +61,16 @@ def _conditions(status: ServiceStatus, now: float) -> list[str]:
 def _condition(condition: Condition, now: float) -> list[str]:
     since = now - condition.since if condition.since is not None else None
     return [condition.type, condition.status, words.age(since), condition.reason, condition.message]
+
+
+def _now(decision: Decision | None) -> list[str]:
+    """The numbers that decide at this moment, and what would be otherwise."""
+    if decision is None:
+        return []
+    lines = ["", f"Now: {words.count(decision.replicas, 'replica')}, rule {decision.rule}: {decision.reason}"]
+    numbers = [f"{name} {value:g}" for name, value in sorted(decision.numbers.items())]
+    lines += [f"  Numbers: {', '.join(numbers)}"] if numbers else []
+    return lines + [f"  Or {each}" for each in decision.alternatives]
 
 
 def _decision(scale: Scale | None, now: float) -> list[str]:

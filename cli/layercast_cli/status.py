@@ -103,6 +103,17 @@ class Scale:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """What the policy says now: the outcome, the numbers, and what other outcomes would mean."""
+
+    replicas: int
+    rule: str
+    reason: str
+    numbers: Mapping[str, float]
+    alternatives: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ServiceStatus:
     """What the operator last wrote about one ModelService; `raw` is the file's content."""
 
@@ -118,6 +129,7 @@ class ServiceStatus:
     scales: tuple[Scale, ...] = ()
     recommendation: str = ""
     endpoint: str = ""
+    decision: Decision | None = None
     raw: Mapping[str, Any] = field(default_factory=dict)
 
     def condition(self, name: str) -> Condition | None:
@@ -153,7 +165,22 @@ def parse_status(name: str, raw: Mapping[str, Any]) -> ServiceStatus:
         scales=scales,
         recommendation="" if recommendation is None else _words(recommendation),
         endpoint=str(raw.get("endpoint") or ""),
+        decision=_decision(_mapping(raw.get("decision"))),
         raw=raw,
+    )
+
+
+def _decision(raw: Mapping[str, Any]) -> Decision | None:
+    if not raw:
+        return None
+    told = raw.get("alternatives")
+    numbers = _mapping(raw.get("numbers"))
+    return Decision(
+        replicas=_int(raw, "replicas"),
+        rule=str(raw.get("rule") or ""),
+        reason=str(raw.get("reason") or ""),
+        numbers={name: _float(numbers, name) for name in numbers},
+        alternatives=tuple(str(each) for each in told) if isinstance(told, list) else (),
     )
 
 

@@ -7,7 +7,7 @@ from layercast_cli import words
 from layercast_cli.errors import CliError
 from layercast_cli.modelfile import read_service
 from layercast_cli.state import StateDir
-from layercast_cli.status import Scale, ScaleReplica, read_status
+from layercast_cli.status import Scale, ScaleReplica, ServiceStatus, read_status
 
 ORDERED, LOADING, EXECUTING, COMPLETE = "·", "░", "▒", "█"
 FIRST_TOKEN = "T"
@@ -23,7 +23,11 @@ TAIL = 0.08
 def timeline(state: StateDir, *, name: str, width: int, every: bool) -> str:
     """The last scale-up of `name`, or every one that is known; CliError when there was none."""
     read_service(state.services, name)
-    status = read_status(state.status, name)
+    return charts(read_status(state.status, name), name=name, width=width, every=every)
+
+
+def charts(status: ServiceStatus | None, *, name: str, width: int, every: bool) -> str:
+    """The last scale-up of a status, or every one that it knows; CliError when there was none."""
     scales = list(status.scales) if status is not None else []
     if status is not None and status.last_scale is not None and status.last_scale not in scales:
         scales.append(status.last_scale)

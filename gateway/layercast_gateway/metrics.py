@@ -53,6 +53,12 @@ class Metrics:
             by_model,
             registry=registry,
         )
+        # What the operator asks for, in a registry of its own: with its heads also before there is a series.
+        gauges = (self.prompt_tokens_waiting, self.requests_waiting, self.requests_in_flight)
+        self._demand = [next(iter(gauge.describe())).name for gauge in gauges]
+        self._demand_only = CollectorRegistry()
+        for gauge in gauges:
+            self._demand_only.register(gauge)
         self.requests = Counter(
             prefix + "requests",
             "HTTP requests that ended, by status code; 499 is a client that left.",
@@ -103,4 +109,6 @@ class Metrics:
             self.prompt_tokens_waiting.labels(demand.model).set(demand.prompt_tokens_waiting)
             self.requests_waiting.labels(demand.model).set(demand.requests_waiting)
             self.requests_in_flight.labels(demand.model).set(demand.requests_in_flight)
+        if names and set(names) <= set(self._demand):
+            return generate_latest(self._demand_only)
         return generate_latest(self.registry.restricted_registry(names) if names else self.registry)
