@@ -53,12 +53,6 @@ class Metrics:
             by_model,
             registry=registry,
         )
-        # What the operator asks for, in a registry of its own: with its heads also before there is a series.
-        gauges = (self.prompt_tokens_waiting, self.requests_waiting, self.requests_in_flight)
-        self._demand = [next(iter(gauge.describe())).name for gauge in gauges]
-        self._demand_only = CollectorRegistry()
-        for gauge in gauges:
-            self._demand_only.register(gauge)
         self.requests = Counter(
             prefix + "requests",
             "HTTP requests that ended, by status code; 499 is a client that left.",
@@ -95,6 +89,15 @@ class Metrics:
             registry=registry,
         )
         self.tokens = Counter(prefix + "tokens", "Tokens delivered to clients.", by_model, registry=registry)
+        self._add_demand_only()
+
+    def _add_demand_only(self) -> None:
+        """What the operator asks for, in a registry of its own: with its heads also before there is a series."""
+        gauges = (self.prompt_tokens_waiting, self.requests_waiting, self.requests_in_flight)
+        self._demand = [next(iter(gauge.describe())).name for gauge in gauges]
+        self._demand_only = CollectorRegistry()
+        for gauge in gauges:
+            self._demand_only.register(gauge)
 
     def add_model(self, model: str) -> None:
         """Creates the series of a model."""
