@@ -29,6 +29,7 @@ from layercast_gateway.replicas import Occupation, Replicas
 from layercast_gateway.router import Availability, availability, choose, gives_up_at
 from layercast_gateway.routes import EndpointState, ModelRoute, RouteTable
 from layercast_gateway.settings import Settings
+from layercast_gateway.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +62,9 @@ class _Tracked:
 class Dispatcher:
     """All requests of this gateway between acceptance and their end."""
 
-    def __init__(self, *, settings: Settings, gateway_id: str, metrics: Metrics) -> None:
+    def __init__(
+        self, *, settings: Settings, gateway_id: str, metrics: Metrics, tls: Tls | None = None
+    ) -> None:
         self._settings = settings
         self._gateway_id = gateway_id
         self._metrics = metrics
@@ -74,7 +77,7 @@ class Dispatcher:
         self.closing = False
         self.changed = Pulse()
         """Fires whenever routes or connections change."""
-        self.replicas = Replicas(gateway_id=gateway_id, events=self)
+        self.replicas = Replicas(gateway_id=gateway_id, events=self, tls=tls)
 
     # --- routes -------------------------------------------------------------------------------------------------
 

@@ -21,6 +21,7 @@ from layercast_gateway.route_watch import RouteWatch
 from layercast_gateway.routes import RouteTable
 from layercast_gateway.settings import Settings, split_address
 from layercast_gateway.texts import Texts
+from layercast_gateway.tls import Tls
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +37,10 @@ class Gateway:
         # Unique for the life of this process: a worker tells its gateways apart by it.
         self._gateway_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         metrics = Metrics()
-        self.dispatcher = Dispatcher(settings=settings, gateway_id=self._gateway_id, metrics=metrics)
+        self._tls = Tls(Path(settings.tls_dir)) if settings.tls_dir else None
+        self.dispatcher = Dispatcher(
+            settings=settings, gateway_id=self._gateway_id, metrics=metrics, tls=self._tls
+        )
         self._texts = Texts(self.dispatcher)
         ring = KeyRing(Path(settings.api_keys_file) if settings.api_keys_file else None, metrics=metrics)
         self._api = Api(
@@ -67,7 +71,10 @@ class Gateway:
             await self._runner.cleanup()
             raise SettingsError(_listen_problem(self._settings.listen, error)) from error
         watch = RouteWatch(
-            operator=self._settings.operator, gateway_id=self._gateway_id, on_table=self._on_table
+            operator=self._settings.operator,
+            gateway_id=self._gateway_id,
+            on_table=self._on_table,
+            tls=self._tls,
         )
         self._tasks = [
             asyncio.create_task(watch.run(), name="routes"),

@@ -13,6 +13,7 @@ from layercast.engine.v1alpha1 import engine_pb2
 
 from layercast_gateway.router import Candidate
 from layercast_gateway.routes import ModelRoute, RouteTable
+from layercast_gateway.tls import Tls
 from layercast_gateway.upstream import StreamEvents, WorkerStream
 
 AVOID_S = 2.0
@@ -45,7 +46,8 @@ class _Worker:
 class Replicas:
     """Streams by worker address. Times are monotonic seconds."""
 
-    def __init__(self, *, gateway_id: str, events: StreamEvents) -> None:
+    def __init__(self, *, gateway_id: str, events: StreamEvents, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._gateway_id = gateway_id
         self._events = events
         self._workers: dict[str, _Worker] = {}
@@ -54,7 +56,9 @@ class Replicas:
         """Opens a stream to every new worker of the table; returns the addresses that just left it."""
         listed = {endpoint.address for route in table.values() for endpoint in route.endpoints}
         for address in listed - self._workers.keys():
-            stream = WorkerStream(address=address, gateway_id=self._gateway_id, events=self._events)
+            stream = WorkerStream(
+                address=address, gateway_id=self._gateway_id, events=self._events, tls=self._tls
+            )
             self._workers[address] = _Worker(stream)
         left = {address for address, w in self._workers.items() if w.listed and address not in listed}
         for address, worker in self._workers.items():

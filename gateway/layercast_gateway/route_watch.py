@@ -17,6 +17,8 @@ from layercast.route.v1alpha1.route_pb2_grpc import RouteServiceStub
 
 from layercast_gateway.backoff import Backoff
 from layercast_gateway.routes import ModelRoute, table_of
+from layercast_gateway.tls import OPERATOR, Tls
+from layercast_gateway.tls import channel as channel_to
 
 if TYPE_CHECKING:
     from layercast.route.v1alpha1.route_pb2_grpc import RouteServiceAsyncStub
@@ -31,8 +33,14 @@ class RouteWatch:
     """`on_table` gets each new table."""
 
     def __init__(
-        self, *, operator: str, gateway_id: str, on_table: Callable[[dict[str, ModelRoute]], None]
+        self,
+        *,
+        operator: str,
+        gateway_id: str,
+        on_table: Callable[[dict[str, ModelRoute]], None],
+        tls: Tls | None = None,
     ) -> None:
+        self._tls = tls
         self._operator = operator
         self._gateway_id = gateway_id
         self._on_table = on_table
@@ -51,7 +59,8 @@ class RouteWatch:
             await asyncio.sleep(pause_s)
 
     async def _follow(self) -> None:
-        async with grpc.aio.insecure_channel(self._operator, options=CHANNEL_OPTIONS) as channel:
+        opened = channel_to(self._operator, self._tls, role=OPERATOR, options=CHANNEL_OPTIONS)
+        async with opened as channel:
             stub: RouteServiceAsyncStub = RouteServiceStub(channel)
             async for response in stub.WatchRoutes(WatchRoutesRequest(gateway_id=self._gateway_id)):
                 self._backoff.reset()

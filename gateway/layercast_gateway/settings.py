@@ -51,6 +51,9 @@ class Settings:
     body_bytes_max: int = 8 << 20
     """Largest request body; larger ones are answered with 413."""
 
+    tls_dir: str = ""
+    """Folder with ca.crt, tls.crt and tls.key, read again when they change. Empty: nothing is encrypted."""
+
     api_keys_file: str = ""
     """File with the hashes and limits of the API keys; read again when it changes. Empty: everybody may ask."""
 

@@ -19,6 +19,8 @@ from layercast.engine.v1alpha1 import engine_pb2
 from layercast.engine.v1alpha1.engine_pb2_grpc import EngineServiceStub
 
 from layercast_gateway.backoff import Backoff
+from layercast_gateway.tls import AGENT, Tls
+from layercast_gateway.tls import channel as channel_to
 
 if TYPE_CHECKING:
     from layercast.engine.v1alpha1.engine_pb2_grpc import EngineServiceAsyncStub
@@ -63,7 +65,10 @@ class StreamEvents(Protocol):
 class WorkerStream:
     """Keeps a stream to the worker at `address` until `close`."""
 
-    def __init__(self, *, address: str, gateway_id: str, events: StreamEvents) -> None:
+    def __init__(
+        self, *, address: str, gateway_id: str, events: StreamEvents, tls: Tls | None = None
+    ) -> None:
+        self._tls = tls
         self.address = address
         self.connected = False
         self._gateway_id = gateway_id
@@ -91,7 +96,7 @@ class WorkerStream:
     async def fetch_files(self, digest: str) -> dict[str, bytes] | None:
         """Small files of a checkpoint that the worker holds; None when it does not, or does not answer in time."""
         request = engine_pb2.GetModelFilesRequest(digest=digest)
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with channel_to(self.address, self._tls, role=AGENT, options=CHANNEL_OPTIONS) as channel:
             stub: EngineServiceAsyncStub = EngineServiceStub(channel)
             try:
                 response = await stub.GetModelFiles(request, timeout=FILES_TIMEOUT_S)
@@ -128,7 +133,7 @@ class WorkerStream:
 
     async def _stream(self) -> str:
         """One stream from its opening to its end; returns or raises why it ended."""
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with channel_to(self.address, self._tls, role=AGENT, options=CHANNEL_OPTIONS) as channel:
             stub: EngineServiceAsyncStub = EngineServiceStub(channel)
             call: GenerateCall = stub.Generate()
             try:

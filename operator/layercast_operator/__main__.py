@@ -32,6 +32,7 @@ from layercast_operator.prometheus import Prometheus
 from layercast_operator.reconciler import Clock, Reconciler
 from layercast_operator.routes import RouteTable, serve_routes
 from layercast_operator.settings import KubernetesSettings, Settings, parse_settings
+from layercast_operator.tls import Tls
 
 _LOG = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def build(
     process: Process, cluster: Cluster, *, may_act: Callable[[], bool] = lambda: True
 ) -> tuple[Reconciler, AgentCalls]:
     """The parts that act, joined, with an empty memory."""
-    settings, calls = process.settings, AgentCalls()
+    settings, calls = process.settings, AgentCalls(process.tls)
     shared: dict[str, Any] = {"metrics": process.metrics, "clock": process.clock, "wake": process.wake}
     limits = ObserverLimits(
         poll_s=settings.tick_s,
@@ -88,7 +89,9 @@ async def act(
         stack.push_async_callback(reconciler.observer.close)
         stack.push_async_callback(reconciler.executor.close)
         listen = process.settings.listen
-        server, port = await serve_routes(reconciler.routes, host=listen.host, port=listen.port)
+        server, port = await serve_routes(
+            reconciler.routes, host=listen.host, port=listen.port, tls=process.tls
+        )
         stack.push_async_callback(server.stop, ROUTES_GRACE_S)
         stack.push_async_callback(reconciler.routes.close)
         _LOG.info("the operator acts", extra={"routes": port})
@@ -108,6 +111,7 @@ class Process:
     metrics: Metrics = field(default_factory=Metrics)
     clock: Clock = field(default_factory=Clock)
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    tls: Tls | None = None
     acting: Reconciler | None = None
     watching: KubernetesCluster | None = None
 
@@ -124,7 +128,8 @@ class Process:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run until `stop` is set. Raises SettingsError when a port is taken or there is no cluster."""
-    process = Process(settings=settings, stop=stop)
+    tls = Tls(settings.tls_dir) if settings.tls_dir is not None else None
+    process = Process(settings=settings, stop=stop, tls=tls)
     listen = settings.metrics_listen
     async with contextlib.AsyncExitStack() as stack:
         runner, port = await serve_metrics(

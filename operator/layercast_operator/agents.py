@@ -43,6 +43,8 @@ from layercast_operator.snapshot import (
     Transfer,
     WorkerState,
 )
+from layercast_operator.tls import AGENT, Tls
+from layercast_operator.tls import channel as channel_to
 
 _T = TypeVar("_T")
 
@@ -100,17 +102,21 @@ class _Line:
 class AgentCalls:
     """Calls to all agents; keeps one connection per node."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: Tls | None = None) -> None:
+        self._tls = tls
+        self._tls_version: object = None
         self._lines: dict[str, _Line] = {}
 
     async def set_addresses(self, addresses: Mapping[str, str]) -> None:
         """Who the agents are from now on; connections to others are closed."""
+        version = self._tls.version if self._tls is not None else None
+        renewed, self._tls_version = version != self._tls_version, version
         for node in list(self._lines):
-            if addresses.get(node) != self._lines[node].address:
+            if renewed or addresses.get(node) != self._lines[node].address:
                 await self._lines.pop(node).channel.close()
         for node, address in addresses.items():
             if node not in self._lines:
-                channel = grpc.aio.insecure_channel(address, options=_CHANNEL_OPTIONS)
+                channel = channel_to(address, self._tls, role=AGENT, options=_CHANNEL_OPTIONS)
                 stub = agent_pb2_grpc.AgentServiceStub(channel)
                 self._lines[node] = _Line(address=address, channel=channel, stub=stub)
 

@@ -19,6 +19,7 @@ from layercast_operator.modelservice import ModelService
 from layercast_operator.planner import context_length
 from layercast_operator.snapshot import Replica, ReplicaState
 from layercast_operator.state import Resolved
+from layercast_operator.tls import GATEWAY, Callers, Tls
 
 _STATES = {
     ReplicaState.LOADING: pb.ENDPOINT_STATE_LOADING,
@@ -112,13 +113,19 @@ class RouteTable(route_pb2_grpc.RouteServiceServicer):
             return (None if self._closed else self._table), self._version
 
 
-async def serve_routes(table: RouteTable, *, host: str, port: int) -> tuple[grpc.aio.Server, int]:
+async def serve_routes(
+    table: RouteTable, *, host: str, port: int, tls: Tls | None = None
+) -> tuple[grpc.aio.Server, int]:
     """Serve the table; returns the server and its port. Raises SettingsError when the port is taken."""
     # Without this option two operators would share the port, and each gateway would get one of them by chance.
-    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
+    guards = [Callers(GATEWAY)] if tls is not None else []
+    server = grpc.aio.server(options=(("grpc.so_reuseport", 0),), interceptors=guards)
     route_pb2_grpc.add_RouteServiceServicer_to_server(table, server)
     try:
-        bound = server.add_insecure_port(f"{host}:{port}")
+        if tls is None:
+            bound = server.add_insecure_port(f"{host}:{port}")
+        else:
+            bound = server.add_secure_port(f"{host}:{port}", tls.server_credentials())
     except RuntimeError as error:
         await server.stop(None)
         raise SettingsError(

@@ -77,6 +77,9 @@ class Settings:
     demand_age_max_s: float
     """Older demand is unknown, and what is unknown shrinks nothing."""
 
+    tls_dir: Path | None
+    """Folder with ca.crt, tls.crt and tls.key, read again when they change; None: nothing is encrypted."""
+
     prometheus_url: str
     """Where demand is asked for besides the gateways; empty means nowhere."""
 
@@ -126,6 +129,7 @@ def _flags(environment: Mapping[str, str]) -> _Parser:
     flag("agent-deadline-s", "how long an agent may take to answer", default="1")
     flag("agent-lost-after-s", "when a silent agent counts as gone", default="5")
     flag("demand-age-max-s", "when the demand that a gateway told is unknown", default="2")
+    flag("tls-dir", "folder with ca.crt, tls.crt and tls.key; without it plaintext", default="")
     flag("prometheus-url", "http(s) address of Prometheus; empty means none", default="")
     flag("prometheus-every-s", "time between two rounds of questions", default="5")
     flag("prometheus-token-file", "file with a bearer token for it", default="")
@@ -154,6 +158,7 @@ def parse_settings(arguments: Sequence[str], environment: Mapping[str, str]) -> 
         agent_deadline_s=_seconds(flags.agent_deadline_s, "--agent-deadline-s"),
         agent_lost_after_s=_seconds(flags.agent_lost_after_s, "--agent-lost-after-s"),
         demand_age_max_s=_seconds(flags.demand_age_max_s, "--demand-age-max-s"),
+        tls_dir=Path(flags.tls_dir) if flags.tls_dir else None,
         prometheus_url=_url(flags.prometheus_url, "--prometheus-url"),
         prometheus_every_s=_seconds(flags.prometheus_every_s, "--prometheus-every-s"),
         prometheus_token_file=Path(flags.prometheus_token_file) if flags.prometheus_token_file else None,

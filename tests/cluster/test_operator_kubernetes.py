@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 
 from layercast_operator.cluster.api import MERGE, KubeApi, log_in
@@ -208,8 +207,3 @@ async def test_two_operators_take_turns_and_the_next_takes_over_in_time(world: A
 
 async def contains(path: Path, text: bytes) -> bool:
     return text in await asyncio.to_thread(path.read_bytes)
-
-
-def test_the_committed_definition_is_the_tables() -> None:
-    committed = Path(__file__).resolve().parents[2] / "charts/layercast/crds/modelservices.yaml"
-    assert yaml.safe_load(committed.read_text(encoding="utf-8")) == crd()

@@ -56,6 +56,7 @@ class Cluster:
             agent_deadline_s=0.5,
             agent_lost_after_s=0.4,
             demand_age_max_s=1.0,
+            tls_dir=None,
             prometheus_url="",
             prometheus_every_s=0.1,
             prometheus_token_file=None,
