@@ -25,7 +25,8 @@ from layercast_operator.actions import (
 from layercast_operator.agents import AgentCalls
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
-from layercast_operator.snapshot import Node, PendingHostCopy, PendingReplica, ReplicaState, Snapshot
+from layercast_operator.pending import PendingHostCopy, PendingReplica
+from layercast_operator.snapshot import Node, ReplicaState, Snapshot
 
 _LOG = logging.getLogger(__name__)
 

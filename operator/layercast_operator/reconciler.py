@@ -24,9 +24,10 @@ from layercast_operator.hostcopies import deployed_of, plan_host_copies
 from layercast_operator.metrics import Metrics
 from layercast_operator.modelservice import ModelService, Queries, ScalePolicy
 from layercast_operator.observer import Observer
+from layercast_operator.pending import with_pending
 from layercast_operator.planner import plan_orphans
 from layercast_operator.routes import RouteInput, RouteTable, route_of, route_of_orphans
-from layercast_operator.snapshot import Snapshot, with_pending
+from layercast_operator.snapshot import Snapshot
 from layercast_operator.state import ConditionMemory, ModelMemory, after_actions, after_error
 from layercast_operator.status import report, report_invalid
 from layercast_operator.turn import gist_of, is_calm, take_turn

@@ -18,15 +18,14 @@ from layercast_operator.actions import (
 )
 from layercast_operator.hostcopies import HostPlan, deployed_of, plan_host_copies
 from layercast_operator.modelservice import ScalePolicy
+from layercast_operator.pending import PendingReplica, with_pending
 from layercast_operator.snapshot import (
     HostCopy,
     HostCopyState,
     Node,
     PeerRef,
-    PendingReplica,
     ReplicaState,
     Transfer,
-    with_pending,
 )
 from layercast_operator.state import after_actions
 

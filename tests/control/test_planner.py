@@ -12,9 +12,10 @@ from layercast_operator.actions import (
     StopReplica,
 )
 from layercast_operator.modelservice import ModelSource, ScalePolicy, ScalingMode
+from layercast_operator.pending import PendingReplica, with_pending
 from layercast_operator.planner import plan_orphans
 from layercast_operator.policy import Rule
-from layercast_operator.snapshot import NodeHealth, PeerRef, PendingReplica, ReplicaState, with_pending
+from layercast_operator.snapshot import NodeHealth, PeerRef, ReplicaState
 from layercast_operator.turn import take_turn
 
 SERVING = ReplicaState.SERVING
