@@ -57,6 +57,7 @@ DIFFERENT = [
     "mistral:fast",
     "qwen2-windowed:generic",
     "qwen2-windowed:fast",
+    "qwen2-windowed:torch",
     "qwen3:fast",
     "gemma3_text:generic",
     "gpt_oss:generic",
@@ -79,13 +80,13 @@ def any_tiny(request: pytest.FixtureRequest) -> Any:
     return _tiny(request.param)
 
 
-@pytest.fixture(params=[name for name in _EVERY if name.endswith(":fast")])
+@pytest.fixture(params=[name for name in _EVERY if name.endswith((":fast", ":torch"))])
 def fast(request: pytest.FixtureRequest) -> Any:
     """A tiny model of each family that the fast block runs."""
     return _tiny(request.param)
 
 
-@pytest.fixture(params=["llama:generic", "llama:fast"])
+@pytest.fixture(params=["llama:generic", "llama:fast", "llama:torch"])
 def either_llama(request: pytest.FixtureRequest) -> Any:
     """A tiny Llama by each block implementation."""
     return _tiny(request.param)

@@ -11,7 +11,9 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from layercast_agent.engine import llama
 from layercast_agent.engine.architectures import transformers_config
+from layercast_agent.engine.attention import TorchAttention
 from layercast_agent.engine.engine import Engine, EngineLimits
+from layercast_agent.engine.fast import FastModel, TorchKernels
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import LayeredModel, Wanted, build_model, shape_of
 from layercast_agent.engine.sequence import SamplingParams, Sequence, TokenEvent
@@ -187,6 +189,7 @@ class Tiny:
     config: dict[str, Any]
     judge: Any
     model: LayeredModel
+    block: str = "auto"
     _answers: dict[tuple[tuple[int, ...], int], list[int]] = field(default_factory=dict)
 
     @property
@@ -212,8 +215,8 @@ class Tiny:
 
     @property
     def wanted(self) -> Wanted:
-        """The block implementation that runs it."""
-        return Wanted(self.model.block.partition("/")[0])
+        """What a user would ask for to get its block."""
+        return Wanted("fast" if self.block == "torch" else self.block)
 
     def engine(self, *, pages: int = 64, page_size: int = 4, **limits: int) -> Engine:
         """A fresh engine over this model."""
@@ -231,9 +234,9 @@ class Tiny:
 
 
 def blocks(family: str) -> list[str]:
-    """The block implementations that run a family."""
+    """The block implementations that run a family: "fast" is the best there is here, "torch" is fast in plain torch."""
     fast = isinstance(llama.read(transformers_config(config_of(family))), llama.LlamaShape)
-    return ["generic", "fast"] if fast else ["generic"]
+    return ["generic", "fast", "torch"] if fast else ["generic"]
 
 
 def build(family: str, block: str = "auto", *, seed: int = 0) -> Tiny:
@@ -259,12 +262,18 @@ def build(family: str, block: str = "auto", *, seed: int = 0) -> Tiny:
     for name, buffer in judge.named_buffers():
         if name.endswith("e_score_correction_bias"):
             buffer.add_(torch.randn(buffer.shape, generator=generator), alpha=0.3)
-    return Tiny(config=config, judge=judge, model=attached(config, judge, "float32", Wanted(block)))
+    return Tiny(config=config, judge=judge, model=attached(config, judge, "float32", block), block=block)
 
 
-def attached(config: dict[str, Any], judge: Any, dtype: str, wanted: Wanted = Wanted.AUTO) -> LayeredModel:
+def attached(config: dict[str, Any], judge: Any, dtype: str, block: str = "auto") -> LayeredModel:
     """Our model with the judge's parameters, in that precision."""
-    model = build_model(config=config, shape=shape_of(config, dtype), device=CPU, wanted=wanted)
+    shape = shape_of(config, dtype)
+    if block == "torch":
+        model: LayeredModel = FastModel(
+            config=config, shape=shape, device=CPU, kernels=TorchKernels(), attention=TorchAttention()
+        )
+    else:
+        model = build_model(config=config, shape=shape, device=CPU, wanted=Wanted(block))
     tensors = dict(model.named_tensors())
     found = {name: value.to(tensors[name].dtype) for name, value in parameters(judge, model).items()}
     model.attach(packed(found) if model.block.startswith("fast") else found)

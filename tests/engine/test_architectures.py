@@ -58,7 +58,7 @@ def test_half_precision(any_tiny: Any, families: ModuleType, dtype: str) -> None
     with torch.inference_mode():
         exact = any_tiny.judge(tokens).logits[0].float()
         judged = half(tokens).logits[0].float()
-    model = families.attached(any_tiny.config, any_tiny.judge, dtype, any_tiny.wanted)
+    model = families.attached(any_tiny.config, any_tiny.judge, dtype, any_tiny.block)
     kv = KVCache(model.shape, 8, page_size=4, device=families.CPU)
     batch = BatchPlan.of(kv, [Span(start=0, count=21, pages=kv.allocator.allocate(6))])
     hidden = model.run_layers(0, any_tiny.layers, model.embed(tokens[0]), batch)

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from layercast_agent.engine import native
 from layercast_agent.engine.attention import BatchPlan, Span
 from layercast_agent.engine.generic import GenericModel
 from layercast_agent.engine.kv import KVCache
@@ -153,7 +154,7 @@ def test_a_model_without_named_architecture_is_known_by_its_type() -> None:
 def test_bfloat16_runs(either_llama: Any, families: ModuleType) -> None:
     """Close to fp32, and handoffs move bf16 bytes; equal tokens are promised for fp32 only."""
     llama = either_llama
-    model = families.attached(llama.config, llama.judge, "bfloat16", llama.wanted)
+    model = families.attached(llama.config, llama.judge, "bfloat16", llama.block)
     shape = model.shape
     tiny = families.Tiny(config=llama.config, judge=llama.judge, model=model)
     prompt = families.prompts([9])[0]
@@ -202,6 +203,14 @@ def test_the_fast_block_is_chosen_where_it_can_be() -> None:
         assert reason in choice.reason
         with pytest.raises(UnsupportedArchitectureError, match=reason):
             choose_block(config, Wanted.FAST)
+
+
+def test_the_fast_block_is_native_here(fast: Any) -> None:
+    """CI has a compiler: the C++ layer must be what is tested, not its fallback."""
+    if fast.block == "fast":
+        assert fast.model.block.startswith("fast/cpp-"), native.library()
+    else:
+        assert fast.model.block == "fast/torch+sdpa"
 
 
 def test_groups_of_matrices_are_read_as_one(fast: Any) -> None:

@@ -1,7 +1,8 @@
 """The fast block: a decoder layer of the Llama family, written out, over the packed segment where it lies.
 
 The layout puts q, k and v, and gate and up, side by side, so each group is one matrix without a copy. What a layer is
-made of comes from a `LayerKernels`: plain torch here, and better ones where a device has them.
+made of comes from a `LayerKernels`: plain torch here, and better ones where a device has them. On a CPU a whole layer is
+one piece of C++ where it can be built (`fast_native`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch.nn import functional
 
-from layercast_agent.engine import llama
+from layercast_agent.engine import fast_native, llama, native
 from layercast_agent.engine.architectures import ModelShape, transformers_config
 from layercast_agent.engine.attention import AttentionKernel, BatchPlan, Scoring, attention_for
 from layercast_agent.errors import AgentError, CheckpointError, UnsupportedArchitectureError
@@ -166,6 +167,10 @@ class FastModel:
         self.device = device
         self.sizes = sizes if ranks is None else sizes.share(ranks.split)
         self._ranks = ranks
+        self._native: fast_native.NativeRunner | None = None
+        if device.type == "cpu" and ranks is None and kernels is None and attention is None:
+            self._native = _native_runner(sizes, shape.dtype)
+        self._step: fast_native.Step | None = None
         self._kernels = kernels or kernels_for(device)
         self._attention = attention or attention_for(device)
         self._frequencies, self._rotary_scale = _rotary(parsed, device)
@@ -182,6 +187,8 @@ class FastModel:
     @property
     def block(self) -> str:
         """Which implementation runs and with what."""
+        if self._native is not None:
+            return f"fast/{self._native.name}"
         return f"fast/{self._kernels.name}+{self._attention.name}"
 
     def named_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -218,7 +225,7 @@ class FastModel:
                     f"{list(expected)}",
                     tensor=name,
                 )
-            self._parameters[name] = tensor
+            self._parameters[name] = tensor.contiguous()
             self._missing[segment].pop(name, None)
             if 0 < segment <= self.shape.layers:
                 self._layers[segment - 1] = None
@@ -238,11 +245,21 @@ class FastModel:
     @torch.inference_mode()
     def run_layers(self, first: int, last: int, hidden: torch.Tensor, batch: BatchPlan) -> torch.Tensor:
         """As LayeredModel."""
-        angles = batch.positions[:, None].float() * self._frequencies
-        cos, sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
+        step = self._step_of(batch)
         for layer in range(first, last):
-            hidden = self._run_layer(layer, hidden, cos, sin, batch)
+            if self._native is not None:
+                hidden = self._native.layer(layer, self._weights(layer), hidden, step)
+            else:
+                hidden = self._run_layer(layer, hidden, step.cos, step.sin, batch)
         return hidden
+
+    def _step_of(self, batch: BatchPlan) -> fast_native.Step:
+        """Made once a batch, so that calling layers one by one costs nothing."""
+        if self._step is None or self._step.batch is not batch:
+            angles = batch.positions[:, None].float() * self._frequencies
+            cos, sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
+            self._step = fast_native.Step(batch=batch, cos=cos, sin=sin)
+        return self._step
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -250,6 +267,9 @@ class FastModel:
         self._require(self.shape.layers + 1)
         if self.sizes.tied:
             self._require(0)
+        if self._native is not None:
+            matrix = self._parameters[EMBED if self.sizes.tied else LM_HEAD]
+            return self._native.logits(hidden, self._parameters[NORM], matrix)
         head = Projection(weights=(self._parameters[EMBED if self.sizes.tied else LM_HEAD],), biases=())
         normed = self._kernels.norm(hidden, self._parameters[NORM], self.sizes.norm_eps)
         return self._gathered(self._kernels.linear(normed, head)).float()
@@ -316,6 +336,14 @@ class FastModel:
         if segment < 0 or name not in self._expected[segment]:
             raise CheckpointError("the model has no such parameter", tensor=name)
         return segment
+
+
+def _native_runner(sizes: llama.LlamaShape, dtype: torch.dtype) -> fast_native.NativeRunner | None:
+    """Layers in C++, where there is a build and it knows the model's numbers."""
+    if dtype not in fast_native.DTYPES or sizes.head_dim % 2:
+        return None
+    library = native.library()
+    return fast_native.NativeRunner(library, sizes, dtype) if isinstance(library, native.Library) else None
 
 
 def _without_biases(parameters: Mapping[str, torch.Tensor]) -> Mapping[str, torch.Tensor]:
