@@ -134,6 +134,8 @@ def _replica(replica: ReplicaStatus) -> str:
         parts.append(f"handed over {replica.handoffs_given}, took over {replica.handoffs_taken}")
     if replica.prefill_tokens_per_s:
         parts.append(f"{replica.prefill_tokens_per_s:.0f} prompt tokens/s")
+    if replica.engine:
+        parts.append(f"engine {replica.engine}")
     if replica.error:
         parts.append(f"error: {replica.error}")
     return ", ".join(parts)

@@ -43,6 +43,7 @@ class ReplicaStatus:
     prefill_tokens_per_s: float
     handoffs_given: int
     handoffs_taken: int
+    engine: str
     error: str
 
     @property
@@ -240,6 +241,7 @@ def _replica(raw: Mapping[str, Any]) -> ReplicaStatus:
         prefill_tokens_per_s=_float(raw, "prefillTokensPerSecond"),
         handoffs_given=_int(raw, "handoffsGiven"),
         handoffs_taken=_int(raw, "handoffsTaken"),
+        engine=str(raw.get("engine") or ""),
         error=str(raw.get("error") or ""),
     )
 

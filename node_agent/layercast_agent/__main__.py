@@ -60,6 +60,7 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag(
         "cpu-cores", "cores of the workers, such as 0,1; empty leaves them unpinned", default="", kind=_cores
     )
+    flag("engine", "block of models that ask for none: auto, generic or fast", default="auto")
     flag(
         "egress-bytes-per-s",
         "most parameter bytes sent per second by each process; 0: no limit",

@@ -44,6 +44,9 @@ class DeviceSlot:
     """OMP_NUM_THREADS: more threads than cores make every device of the node slower."""
 
 
+ENGINES = ("auto", "generic", "fast")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AgentSettings:
     """What an agent is told at its start. `check` says what is wrong with it."""
@@ -87,6 +90,9 @@ class AgentSettings:
     host_pool_bytes: int = 0
     """Host memory for copies of checkpoints, taken at the start and never exceeded; 0 keeps none."""
 
+    engine: str = "auto"
+    """Block implementation of models that ask for none: one of ENGINES."""
+
     egress_bytes_per_s: int = 0
     """Most parameter bytes per second that each process of this node sends (the agent, and every worker);
     0 is unlimited."""
@@ -120,6 +126,7 @@ class AgentSettings:
                 self.host_pool_bytes >= 0,
                 "0 (no copies in host memory) or a number of bytes",
             ),
+            ("--engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("--egress-bytes-per-s", self.egress_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
             ("--stop-grace-s", self.stop_grace_s >= 0, "0 or more seconds"),
             ("--log-format", self.log_format in ("text", "json"), "text or json"),

@@ -68,6 +68,7 @@ def command_line(settings: AgentSettings, slot: DeviceSlot) -> list[str]:
         "--device-memory-bytes": settings.device_memory_bytes,
         "--cpu-share": settings.cpu_share,
         "--cpu-cores": ",".join(str(core) for core in slot.cpu_cores),
+        "--engine": settings.engine,
         "--egress-bytes-per-s": settings.egress_bytes_per_s,
         "--parent-pid": os.getpid(),
         "--log-format": settings.log_format,

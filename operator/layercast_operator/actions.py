@@ -36,6 +36,8 @@ class StartReplica:
     device_id: str
     context_length_max: int
     batch_size_max: int
+    engine: str
+    """Block implementation asked for."""
     manifest_peer: PeerRef | None
     """Where the manifest is; None when the node's own disk has it."""
     why: str

@@ -195,6 +195,7 @@ def _start(action: StartReplica) -> pb.StartReplicaRequest:
         manifest_peer=None if peer is None else _peer(peer),
         context_length_max=action.context_length_max,
         batch_size_max=action.batch_size_max,
+        engine=action.engine,
         device_id=action.device_id,
     )
 
@@ -319,6 +320,7 @@ def _replica_of(replica: pb.Replica, node: str) -> Replica:
             first_token_at=_seconds(seen.first_token_at, known=seen.HasField("first_token_at")),
             complete_at=_seconds(seen.complete_at, known=seen.HasField("complete_at")),
         ),
+        engine=replica.engine,
         error=replica.error,
     )
 

@@ -20,6 +20,7 @@ API_VERSION = "layercast.dev/v1alpha1"
 KIND = "ModelService"
 SOURCE_SCHEMES = ("file://", "hf://", "pvc://")
 DTYPES = ("", "float32", "bfloat16", "float16")
+ENGINES = ("auto", "generic", "fast")
 # A replica id is `<name>-<6 characters>` and ends up in labels of 63 characters.
 NAME_LENGTH_MAX = 50
 _NAME = re.compile(r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?")
@@ -113,6 +114,8 @@ class ModelService:
     """Longest sequence in tokens; 0 means the checkpoint's own."""
     batch_size: int
     drain_grace_s: float
+    engine: str = "auto"
+    """Block implementation: one of ENGINES."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels that a node must have to take its replicas; empty means any node."""
     generation: int = 1
@@ -176,11 +179,12 @@ def _spec(spec: Section, name: str) -> ModelService:
     replicas = spec.integer("replicas", 1, least=0)
     scaling_section = spec.section("scaling")
     scaling = None if scaling_section is None else _scaling(scaling_section)
-    context_length, batch_size, grace_s = 0, 16, 20.0
+    context_length, batch_size, engine, grace_s = 0, 16, "auto", 20.0
     serving = spec.section("serving")
     if serving is not None:
         context_length = serving.integer("contextLength", 0, least=0)
         batch_size = serving.integer("batchSize", 16, least=1)
+        engine = serving.choice("engine", ENGINES, "auto")
         serving.done()
     drain = spec.section("drain")
     if drain is not None:
@@ -206,6 +210,7 @@ def _spec(spec: Section, name: str) -> ModelService:
         scaling=scaling,
         context_length=context_length,
         batch_size=batch_size,
+        engine=engine,
         drain_grace_s=grace_s,
         node_selector=node_selector,
     )

@@ -307,6 +307,7 @@ def _grow(
             device_id=place.device_id,
             context_length_max=context_length(given.model, resolved),
             batch_size_max=given.model.batch_size,
+            engine=given.model.engine,
             manifest_peer=_manifest_peer(place.node, holders),
             why=f"{len(stays)} of {given.target} replicas are there or on their way; {place.why}",
         )

@@ -116,6 +116,8 @@ class Replica:
     handoffs_given: int = 0
     handoffs_taken: int = 0
     timeline: Timeline = field(default_factory=Timeline)
+    engine: str = ""
+    """Which block executes its layers; empty until told."""
     error: str = ""
     pending: bool = False
     """Asked for and not yet seen; occupies its device, has no address."""

@@ -5,7 +5,7 @@ A person reads this through `kubectl explain`, so a description says what happen
 
 from __future__ import annotations
 
-from layercast_operator.modelservice import DTYPES, ScalePolicy, ScalingMode
+from layercast_operator.modelservice import DTYPES, ENGINES, ScalePolicy, ScalingMode
 from layercast_operator.schema import Schema, band, int32, mapping, number, rule, text
 
 
@@ -164,6 +164,12 @@ def spec() -> Schema:
                         "Longest sequence in tokens; 0 means the checkpoint's own.", default=0, minimum=0
                     ),
                     "batchSize": int32("Most requests that a replica runs at once.", default=16, minimum=1),
+                    "engine": text(
+                        "Which block executes the layers: generic runs every supported architecture, fast the Llama "
+                        "family. auto takes fast where it can run the model. Replicas that are there keep theirs.",
+                        default="auto",
+                        enum=list(ENGINES),
+                    ),
                 },
             ),
             "drain": mapping(

@@ -383,5 +383,6 @@ def _replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, Any]:
         "prefillTokensPerSecond": replica.prefill_tokens_per_s,
         "handoffsGiven": replica.handoffs_given,
         "handoffsTaken": replica.handoffs_taken,
+        "engine": replica.engine,
         "error": replica.error,
     }

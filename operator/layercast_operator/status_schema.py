@@ -40,6 +40,7 @@ def _replica() -> Schema:
             "prefillTokensPerSecond": number("Prompt tokens that it computes in a second, measured."),
             "handoffsGiven": int64("Requests that it gave to other replicas."),
             "handoffsTaken": int64("Requests that it took from other replicas."),
+            "engine": text("Which block executes its layers, and with what."),
             "error": text("Why it failed."),
         },
         required=("replicaId",),

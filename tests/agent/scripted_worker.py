@@ -126,6 +126,7 @@ def main() -> int:
         "data-listen",
         "token-file",
         "cpu-cores",
+        "engine",
         "log-format",
     ):
         parser.add_argument(f"--{name}", required=True)

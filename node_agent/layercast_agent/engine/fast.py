@@ -183,6 +183,7 @@ class FastModel:
             self._missing[segment_index(name, shape.layers)][name] = size
         self._expected = [dict(missing) for missing in self._missing]
         self._layers: list[LayerWeights | None] = [None] * shape.layers
+        self._step: Step | None = None
 
     @property
     def block(self) -> str:
@@ -298,6 +299,14 @@ class FastModel:
         hidden, normed = kernels.add_norm(delta, hidden, weights.post_norm, sizes.norm_eps)
         inner = kernels.silu_mul(kernels.linear(normed, weights.gate_up))
         return hidden + self._total(kernels.linear(inner, weights.down))
+
+    def _step_of(self, batch: BatchPlan) -> Step:
+        """Made once a batch, so that calling layers one by one costs nothing."""
+        if self._step is None or self._step.batch is not batch:
+            angles = batch.positions[:, None].float() * self._frequencies
+            cos, sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
+            self._step = Step(batch=batch, cos=cos, sin=sin)
+        return self._step
 
     def _weights(self, layer: int) -> LayerWeights:
         found = self._layers[layer]

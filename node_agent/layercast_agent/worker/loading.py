@@ -17,7 +17,7 @@ from layercast_agent.device import DeviceMemory, free_bytes, slab_bytes, slab_of
 from layercast_agent.engine.engine import Engine, EngineLimits
 from layercast_agent.engine.guidance import Guides
 from layercast_agent.engine.kv import KVCache
-from layercast_agent.engine.model import ModelShape, build_model, shape_of
+from layercast_agent.engine.model import ModelShape, Wanted, build_model, shape_of
 from layercast_agent.holdings import Holding
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
@@ -102,7 +102,8 @@ def build(
         batch_size_max=batch_size_max,
     )
     log.info("the device's memory is planned", extra=asdict(plan))
-    model = build_model(config=manifest.config, shape=shape, device=host.device)
+    wanted = Wanted(spec.engine if spec.engine not in ("", "auto") else host.settings.engine)
+    model = build_model(config=manifest.config, shape=shape, device=host.device, wanted=wanted)
     model.check({spec.name: spec.shape for segment in manifest.segments for spec in segment.tensors})
     engine = Engine(
         model=model,

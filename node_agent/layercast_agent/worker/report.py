@@ -35,6 +35,7 @@ def replica_status(replica: Replica, host: WorkerHost) -> agent_pb2.Replica:
             kv_page_tokens=PAGE_TOKENS,
             workspace_bytes=memory.plan.workspace_bytes,
         ),
+        engine=memory.engine.model.block,
     )
     if replica.runner is not None:
         transfer = replica.runner.status()

@@ -52,6 +52,9 @@ class WorkerSettings:
     cpu_cores: tuple[int, ...]
     """Cores that this process is pinned to; empty leaves it unpinned."""
 
+    engine: str
+    """Block implementation of models that ask for none: `auto`, `generic` or `fast`."""
+
     egress_bytes_per_s: int
     """Most parameter bytes sent per second; 0 is unlimited."""
 
@@ -79,6 +82,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--device-memory-bytes", required=True, type=int)
     parser.add_argument("--cpu-share", default=1.0, type=float)
     parser.add_argument("--cpu-cores", default="")
+    parser.add_argument("--engine", default="auto", choices=["auto", "generic", "fast"])
     parser.add_argument("--egress-bytes-per-s", default=0, type=int)
     parser.add_argument("--parent-pid", default=0, type=int)
     parser.add_argument("--log-format", default="text", choices=["text", "json"])
@@ -103,6 +107,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
         device_memory_bytes=flags.device_memory_bytes,
         cpu_share=flags.cpu_share,
         cpu_cores=cores,
+        engine=flags.engine,
         egress_bytes_per_s=flags.egress_bytes_per_s,
         parent_pid=flags.parent_pid,
         log_format=flags.log_format,

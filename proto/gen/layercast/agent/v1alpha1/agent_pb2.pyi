@@ -480,6 +480,7 @@ class Replica(_message.Message):
     TIMELINE_FIELD_NUMBER: _builtins.int
     ERROR_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Its id."""
     model: _builtins.str
@@ -496,6 +497,8 @@ class Replica(_message.Message):
     """Transformer layers in all."""
     error: _builtins.str
     """What is wrong, in words; empty when nothing is."""
+    engine: _builtins.str
+    """Block implementation and what it runs with, such as "fast/cpp-avx2"."""
     @_builtins.property
     def peer(self) -> _peer_pb2.Peer:
         """How to reach its worker."""
@@ -537,10 +540,11 @@ class Replica(_message.Message):
         timeline: Global___ReplicaTimeline | None = ...,
         error: _builtins.str = ...,
         memory: Global___MemoryPlan | None = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "peer", b"peer", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "memory", b"memory", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "engine", b"engine", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "memory", b"memory", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -837,6 +841,7 @@ class StartReplicaRequest(_message.Message):
     CONTEXT_LENGTH_MAX_FIELD_NUMBER: _builtins.int
     BATCH_SIZE_MAX_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
+    ENGINE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Chosen by the caller."""
     model: _builtins.str
@@ -849,6 +854,10 @@ class StartReplicaRequest(_message.Message):
     """Most requests executed together."""
     device_id: _builtins.str
     """Device to use; empty lets the agent choose."""
+    engine: _builtins.str
+    """Block implementation: "generic" or "fast"; empty or "auto" takes the best
+    that can run the model. INVALID_ARGUMENT when it cannot.
+    """
     @_builtins.property
     def manifest_peer(self) -> _peer_pb2.Peer:
         """Where the manifest is when this node's disk does not hold it."""
@@ -863,10 +872,11 @@ class StartReplicaRequest(_message.Message):
         context_length_max: _builtins.int = ...,
         batch_size_max: _builtins.int = ...,
         device_id: _builtins.str = ...,
+        engine: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest_peer", b"manifest_peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "manifest_peer", b"manifest_peer", "model", b"model", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "engine", b"engine", "manifest_peer", b"manifest_peer", "model", b"model", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
