@@ -122,7 +122,11 @@ class Peer:
 @contextmanager
 def started(command: Sequence[str], settings: dict[str, Any], log: Path) -> Iterator[Peer]:
     """A peer process, ended with the block."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(settings["threads"]), "PYTHONPATH": str(FOLDER.parent)}
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(settings["threads"]),
+        "PYTHONPATH": str(FOLDER.parent),
+    }
     with log.open("w") as errors:
         process = subprocess.Popen(
             [*command, json.dumps(settings)],
@@ -203,21 +207,20 @@ def rounds(peers: dict[str, Peer], options: argparse.Namespace) -> dict[str, dic
     found: dict[str, dict[str, list[float]]] = {name: {} for name in peers}
     for number in range(options.rounds + 1):
         for workload in QUICK if options.quick or number == 0 else WORKLOADS:
-            names = list(peers)
-            for name in names if number % 2 else reversed(names):
-                if name == "transformers" and workload.batch == 32:
-                    continue
+            # transformers is the peer of one batch only, and slow in large ones.
+            names = [name for name in peers if name != "transformers" or workload.batch < 32]
+            for name in names if number % 2 else names[::-1]:
                 answer = peers[name].run(name, workload, number)
-                if number:
-                    rates = found[name].setdefault(workload.name, [])
-                    rates.append(workload.tokens / answer["seconds"])
-    return found
+                found[name].setdefault(workload.name, []).append(workload.tokens / answer["seconds"])
+    return {name: {w: rates[1:] for w, rates in by.items()} for name, by in found.items()}
 
 
 def ratios(found: dict[str, dict[str, list[float]]]) -> dict[str, float]:
     """What the issue asks for, best against best. The cost of stopping is the median of the rounds, which are pairs."""
     best = {run: {name: max(rates) for name, rates in by.items()} for run, by in found.items()}
-    names: dict[str, float] = {"transformers_b8": best["ours"]["decode b8"] / best["transformers"]["decode b8"]}
+    names: dict[str, float] = {
+        "transformers_b8": best["ours"]["decode b8"] / best["transformers"]["decode b8"]
+    }
     if "vllm" in best:
         names["prefill_vs_vllm"] = best["ours"]["prefill"] / best["vllm"]["prefill"]
         for batch in (1, 8, 32):
@@ -274,7 +277,10 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def main(arguments: Sequence[str]) -> None:
     """Entry point."""
     options = parse(arguments)
-    print(f"{hardware()}\n{options.dtype}, {options.threads} threads, {options.clock} clock, {time.strftime('%Y-%m-%d')}", flush=True)
+    print(
+        f"{hardware()}\n{options.dtype}, {options.threads} threads, {options.clock} clock, {time.strftime('%Y-%m-%d')}",
+        flush=True,
+    )
     values: dict[str, object] = {
         "bench": "engine",
         "dtype": options.dtype,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -34,7 +35,7 @@ def test_without_a_compiler_plain_torch_serves(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_build_is_kept(tmp_path: Path) -> None:
-    name = native.supported_builds(native._cpu_flags(), native.platform.machine())[-1]
+    name = native.supported_builds(native._cpu_flags(), platform.machine())[-1]
     first = native.build(name, tmp_path)
     made_at = first.stat().st_mtime_ns
     assert native.build(name, tmp_path) == first
