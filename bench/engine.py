@@ -58,7 +58,7 @@ RANDOM = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Workload:
-    """`batch` prompts of `prompt` tokens, `new` tokens each. Prefill is counted in prompt tokens, decode in new ones."""
+    """`batch` prompts of `prompt` tokens, `new` tokens each. Prefill counts prompt tokens, decode new ones."""
 
     name: str
     batch: int

@@ -77,9 +77,9 @@ def test_bfloat16_chooses_the_same_tokens(fast: Any, families: ModuleType) -> No
     exact, rounded = logits["float32"], logits["bfloat16"]
     noise = (exact - rounded).abs().max(-1).values
     best = exact.topk(2).values
-    clear = (best[:, 0] - best[:, 1]) > 2 * noise.median()
+    clear = (best[:, 0] - best[:, 1]) > 2 * noise.quantile(0.9)
     same = exact.argmax(-1) == rounded.argmax(-1)
-    assert clear.sum() > 40
+    assert clear.sum() > 20
     assert same[clear].float().mean() >= 0.99
     assert noise.median() < 0.1 * exact.std()
 

@@ -1,8 +1,8 @@
 """The fast block: a decoder layer of the Llama family, written out, over the packed segment where it lies.
 
 The layout puts q, k and v, and gate and up, side by side, so each group is one matrix without a copy. What a layer is
-made of comes from a `LayerKernels`: plain torch here, and better ones where a device has them. On a CPU a whole layer is
-one piece of C++ where it can be built (`fast_native`).
+made of comes from a `LayerKernels`: plain torch here, and better ones where a device has them. On a CPU a whole layer
+is one piece of C++ where it can be built (`fast_native`).
 """
 
 from __future__ import annotations
@@ -183,7 +183,6 @@ class FastModel:
             self._missing[segment_index(name, shape.layers)][name] = size
         self._expected = [dict(missing) for missing in self._missing]
         self._layers: list[LayerWeights | None] = [None] * shape.layers
-        self._step: Step | None = None
 
     @property
     def block(self) -> str:
@@ -299,14 +298,6 @@ class FastModel:
         hidden, normed = kernels.add_norm(delta, hidden, weights.post_norm, sizes.norm_eps)
         inner = kernels.silu_mul(kernels.linear(normed, weights.gate_up))
         return hidden + self._total(kernels.linear(inner, weights.down))
-
-    def _step_of(self, batch: BatchPlan) -> Step:
-        """Made once a batch, so that calling layers one by one costs nothing."""
-        if self._step is None or self._step.batch is not batch:
-            angles = batch.positions[:, None].float() * self._frequencies
-            cos, sin = angles.cos() * self._rotary_scale, angles.sin() * self._rotary_scale
-            self._step = Step(batch=batch, cos=cos, sin=sin)
-        return self._step
 
     def _weights(self, layer: int) -> LayerWeights:
         found = self._layers[layer]
