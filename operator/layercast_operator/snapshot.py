@@ -1,7 +1,6 @@
 """What was seen: the cluster as plain values, the only input of every decision.
 
-These mirror the wire (`agent.proto`) without importing it, so that planner and policy can be run in tests and
-simulations with worlds made of values. All times are seconds since the epoch.
+These mirror the wire without importing it: planner and policy run in worlds made of values. Times are unix seconds.
 """
 
 from __future__ import annotations
@@ -117,7 +116,6 @@ class Replica:
     handoffs_taken: int = 0
     timeline: Timeline = field(default_factory=Timeline)
     engine: str = ""
-    """Which block executes its layers; empty until told."""
     error: str = ""
     pending: bool = False
     """Asked for and not yet seen; occupies its device, has no address."""
