@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import mmap
+import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,11 +31,13 @@ class PackedCheckpoint:
         self.manifest = read_manifest(folder)
         self._maps: list[mmap.mmap] = []
         self._data: list[memoryview] = []
+        self._data_starts: list[int] = []
         try:
             for segment in self.manifest.segments:
                 mapped, header_bytes = _map(folder / segment_file(segment.index), segment)
                 self._maps.append(mapped)
                 self._data.append(memoryview(mapped)[header_bytes:])
+                self._data_starts.append(header_bytes)
         except CheckpointError:
             self.close()
             raise
@@ -52,6 +55,14 @@ class PackedCheckpoint:
                 offset_bytes=offset,
             )
         return self._data[segment][offset : offset + nbytes]
+
+    def path(self, segment: int) -> Path:
+        """The segment's file."""
+        return self.folder / segment_file(segment)
+
+    def data_start(self, segment: int) -> int:
+        """Where the segment's bytes begin in its file: a multiple of 4 KiB."""
+        return self._data_starts[segment]
 
     def segment(self, index: int) -> PackedSegment:
         """One segment as readable memory, the form in which it is offered to peers."""
@@ -154,10 +165,13 @@ def _map(path: Path, segment: SegmentSpec) -> tuple[mmap.mmap, int]:
                 raise CheckpointError(
                     f"{file_bytes - expected} bytes too long", file=path, offset_bytes=expected
                 )
+            # Only the header: by a touch of the mapping the kernel would read megabytes around it.
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            found = os.pread(file.fileno(), len(header), 0)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
-    if mapped[: len(header)] != header:
+    if found != header:
         mapped.close()
         raise CheckpointError(
             "its header is not the one that the manifest implies", file=path, offset_bytes=0

@@ -8,10 +8,13 @@ be called from any thread.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
+from layercast_agent.host_memory import allocate
 from layercast_agent.regions import Location
 
 _BLOCK_WORDS = {"cpu": 1 << 18, "cuda": 1 << 24}
@@ -32,10 +35,14 @@ class DeviceMemory:
         """`part` uint8 [nbytes] is memory that is there already."""
         self.nbytes = nbytes
         self.in_place = device.type == "cpu"
+        self.adopts = device.type == "cpu"
+        self._adopted = False
         # Views of it become parameters, which must be usable inside and outside inference mode.
         with torch.inference_mode(mode=False):
+            if part is None and device.type == "cpu":
+                part = torch.frombuffer(allocate(nbytes), dtype=torch.uint8)
             self.tensor = torch.empty(nbytes, dtype=torch.uint8, device=device) if part is None else part
-        self._host = self.tensor.numpy().data if device.type == "cpu" else None
+        self._host: memoryview | None = self.tensor.numpy().data if device.type == "cpu" else None
         # Own streams: neither the engine's kernels nor the other direction are waited for.
         self._streams = [] if device.type == "cpu" else [_stream(device), _stream(device)]
 
@@ -56,6 +63,8 @@ class DeviceMemory:
     def staging(self, offset: int, nbytes: int) -> memoryview:
         """Writable host memory for the incoming bytes of that range; `commit` puts them there."""
         self._check(offset, nbytes)
+        if self._adopted:  # the bytes are here; what comes from elsewhere meanwhile is looked at and dropped
+            return memoryview(bytearray(nbytes))
         if self._host is not None:
             return self._host[offset : offset + nbytes]
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True).numpy().data
@@ -66,6 +75,22 @@ class DeviceMemory:
         if self._host is None:
             host = torch.frombuffer(staged, dtype=torch.uint8)
             self._copy(self.tensor[offset : offset + nbytes], host, self._streams[1])
+
+    def adopt(self, source: memoryview) -> None:
+        """Be `source`, bytes of host memory that are only read, from now on; only where `adopts`.
+
+        `tensor` is another one afterwards; whoever took views of the old one keeps the old memory.
+        """
+        assert self.adopts
+        if len(source) != self.nbytes:
+            raise ValueError(f"{len(source)} bytes for a memory of {self.nbytes}")
+        # torch warns of read-only memory, process-wide and once; parameters are never written to.
+        writable = (ctypes.c_uint8 * self.nbytes).from_address(np.frombuffer(source, np.uint8).ctypes.data)
+        writable.source = source  # type: ignore[attr-defined]  # lives as long as any view of the tensor
+        with torch.inference_mode(mode=False):
+            self.tensor = torch.frombuffer(writable, dtype=torch.uint8)
+        self._adopted = True
+        self._host = source
 
     def _check(self, offset: int, nbytes: int) -> None:
         if not 0 <= offset <= offset + nbytes <= self.nbytes:
@@ -78,13 +103,21 @@ class DeviceMemory:
         done.synchronize()
 
 
-def slab_of(sizes: Sequence[int], device: torch.device) -> list[DeviceMemory]:
-    """Memory of these sizes in one allocation, one behind the other, each at a multiple of SLAB_ALIGNMENT."""
+def slab_of(
+    sizes: Sequence[int], device: torch.device, *, host: memoryview | None = None
+) -> list[DeviceMemory]:
+    """Memory of these sizes in one allocation, one behind the other, each at a multiple of SLAB_ALIGNMENT.
+
+    On a CPU it is `host`, of at least `slab_bytes`, where the caller has some, e.g. with pages touched before.
+    """
     starts = [0]
     for nbytes in sizes:
         starts.append(starts[-1] + -(-nbytes // SLAB_ALIGNMENT) * SLAB_ALIGNMENT)
     with torch.inference_mode(mode=False):
-        slab = torch.empty(starts[-1], dtype=torch.uint8, device=device)
+        if device.type == "cpu":
+            slab = torch.frombuffer(allocate(starts[-1]) if host is None else host, dtype=torch.uint8)
+        else:
+            slab = torch.empty(starts[-1], dtype=torch.uint8, device=device)
         parts = [slab[start : start + nbytes] for start, nbytes in zip(starts, sizes, strict=False)]
     return [DeviceMemory(nbytes, device, part=part) for nbytes, part in zip(sizes, parts, strict=True)]
 

@@ -18,6 +18,7 @@ from typing import BinaryIO
 from layercast_agent.checksum import SegmentChecksum
 from layercast_agent.errors import CheckpointError
 from layercast_agent.layout import DTYPE_NAMES, ITEM_BYTES, Manifest, SegmentSpec, plan_segments, seal
+from layercast_agent.page_cache import remember_verified
 from layercast_agent.parameters import layer_count, select, tensor_split
 from layercast_agent.precision import convert
 from layercast_agent.safetensors_header import StoredTensor, packed_header
@@ -151,7 +152,8 @@ def _pack_segment(
     chunk_bytes: int,
     wrote: Callable[[int], None],
 ) -> SegmentSpec:
-    with (folder / segment_file(plan.index)).open("wb") as file:
+    path = folder / segment_file(plan.index)
+    with path.open("wb") as file:
         file.write(packed_header(plan))
         writer = _ChunkWriter(file, chunk_bytes=chunk_bytes, wrote=wrote)
         for tensor in plan.tensors:
@@ -161,6 +163,7 @@ def _pack_segment(
         sealed = writer.finish(plan)
         file.flush()
         os.fsync(file.fileno())
+    remember_verified(path, sealed.checksum)  # of these very bytes, on their way into the page cache
     return sealed
 
 

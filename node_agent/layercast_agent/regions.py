@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -57,6 +57,18 @@ class Location:
     nbytes: int
     kind: str = "DRAM"
     device: int = 0
+
+
+@runtime_checkable
+class AdoptingMemory(WritableMemory, Protocol):
+    """Memory that can also be exchanged for bytes that lie ready elsewhere."""
+
+    @property
+    def adopts(self) -> bool:
+        """Whether it is such memory: a device of its own cannot."""
+
+    def adopt(self, source: memoryview) -> None:
+        """Be `source`, of the same size, from now on, without a copy; it is not written to."""
 
 
 class HostMemory:

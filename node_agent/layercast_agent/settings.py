@@ -81,6 +81,9 @@ class AgentSettings:
     tls_dir: Path | None = None
     """Folder with `ca.crt`, `tls.crt`, `tls.key` of the role agent; None leaves everything in plain text."""
 
+    reserve_bytes: int = 0
+    """Host memory that each CPU worker touches while it warms up, so that loads need no page faults; 0: none."""
+
     cpu_share: float = 1.0
     """Share of one core that a CPU device may use, in (0, 1]; lets small machines imitate several devices."""
 
@@ -120,6 +123,7 @@ class AgentSettings:
         for name, good, wanted in (
             ("--node", bool(self.node), "a name"),
             ("--device-memory-bytes", self.device_memory_bytes > 0, "a number of bytes above 0"),
+            ("--reserve-bytes", self.reserve_bytes >= 0, "0 (none) or a number of bytes"),
             ("--cpu-share", 0 < self.cpu_share <= 1, "above 0 and at most 1"),
             (
                 "--host-pool-bytes",

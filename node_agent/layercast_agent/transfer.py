@@ -176,9 +176,7 @@ class Transfer:
                 upstream.moved_at = self._progress_at = self._now
 
     def _hear(self, upstream: Upstream, segments: Mapping[int, bytes]) -> None:
-        told = 0
-        for segment in segments:
-            told |= self._masks.get(segment, (0, 0))[1]
+        told = sum(self._masks.get(segment, (0, 0))[1] for segment in segments)
         bits = self._bits(segments)
         news = bits & ~upstream.announced
         upstream.announced = upstream.announced & ~told | bits
@@ -199,7 +197,7 @@ class Transfer:
             case ev.ChunkArrived():
                 upstream.attempts = 0
                 upstream.moved_at = self._progress_at = self._now
-                self._take(position)
+                self._take(position, whole=event.whole_segment)
             case ev.ChunkCorrupt():
                 upstream.corrupt += 1
                 upstream.moved_at = self._now
@@ -208,14 +206,18 @@ class Transfer:
             case ev.FetchRefused():
                 self._fail(upstream, f"refused chunk {event.chunk}: {event.reason}")
 
-    def _take(self, position: int) -> None:
+    def _take(self, position: int, *, whole: bool) -> None:
         if self.phase is Phase.FAILED:
             return  # nobody wants to hear of it any more
-        chunk = self._chunks[position]
-        self._missing &= ~(1 << position)
-        self._out.append(ev.ChunkVerified(chunk=chunk))
-        if not self._missing & self._masks[chunk.segment][1]:
-            self._out.append(ev.SegmentComplete(segment=chunk.segment))
+        segment = self._chunks[position].segment
+        base, mask = self._masks[segment]
+        for place in range(base, mask.bit_length()) if whole else (position,):
+            if self._missing >> place & 1:
+                self._missing ^= 1 << place
+                self._requests.pop(place, None)  # another link's answer will not be waited for
+                self._out.append(ev.ChunkVerified(chunk=self._chunks[place]))
+        if not self._missing & mask:
+            self._out.append(ev.SegmentComplete(segment=segment))
 
     def _on_ended(self, event: ev.UpstreamEnded) -> None:
         upstream = self._find(event.link)
@@ -338,19 +340,17 @@ class Transfer:
 
     def _stall_reason(self) -> str:
         """Why nobody can continue the transfer; empty while somebody can, or may be about to."""
+        spent = all(u.state is Link.SPENT for u in self._upstreams)
         if any(
             u.state is Link.LIVE or (u.attempts == 0 and u.state is not Link.CLOSING) for u in self._upstreams
         ):
             self._alive_at = self._now
-        elif self._now - self._alive_at >= self._limits.stall_s or self._all_spent():
+        elif self._now - self._alive_at >= self._limits.stall_s or spent:
             reasons = "; ".join(f"{u.spec.peer_id}: {u.reason}" for u in self._upstreams)
             return f"no upstream is left ({reasons or 'none was given'})"
         if self._now - self._progress_at >= self._limits.progress_deadline_s and not self._requests:
             return f"no upstream has any of the {self._missing.bit_count()} missing chunks"
         return ""
-
-    def _all_spent(self) -> bool:
-        return all(u.state is Link.SPENT for u in self._upstreams)
 
     def _best(self, specs: Sequence[UpstreamSpec]) -> list[UpstreamSpec]:
         return list(dict.fromkeys(specs))[: self._limits.upstreams_max]

@@ -121,10 +121,11 @@ class BytesReceived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkArrived:
-    """A chunk is in memory, equal to the manifest's checksum."""
+    """A chunk is in memory, equal to the manifest's checksum; with `whole_segment`, so is the rest of its segment."""
 
     link: int
     chunk: Chunk
+    whole_segment: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,7 @@ def command_line(settings: AgentSettings, slot: DeviceSlot) -> list[str]:
         "--token-file": settings.token_file,
         "--host-memory-socket": settings.memory_socket if settings.host_pool_bytes else "",
         "--device-memory-bytes": settings.device_memory_bytes,
+        "--reserve-bytes": settings.reserve_bytes,
         "--cpu-share": settings.cpu_share,
         "--cpu-cores": ",".join(str(core) for core in slot.cpu_cores),
         "--engine": settings.engine,

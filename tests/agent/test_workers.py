@@ -43,7 +43,9 @@ async def started(
 async def test_warms_up_with_its_flags(
     settings: Settings, limits: WorkerLimits, eventually: Eventually
 ) -> None:
-    chosen = settings(devices="cpu:2", cpu_cores=(0, 1, 2, 3), engine="generic", egress_bytes_per_s=5)
+    chosen = settings(
+        devices="cpu:2", cpu_cores=(0, 1, 2, 3), engine="generic", egress_bytes_per_s=5, reserve_bytes=7
+    )
     async with started(chosen, limits) as worker:
         await eventually(lambda: worker.state == pb.WORKER_STATE_IDLE)
         assert (worker.error, worker.restarts, worker.memory_bytes) == ("", 0, 1_000_000)
@@ -55,6 +57,7 @@ async def test_warms_up_with_its_flags(
         "'listen': '127.0.0.1:0'",
         "'cpu_cores': '0,1'",
         "'engine': 'generic'",
+        "'reserve_bytes': 7",
         "'egress_bytes_per_s': 5",
         f"'parent_pid': {os.getpid()}",
         "'OMP_NUM_THREADS': '2'",

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from layercast_agent.copying import copy_bytes
 from layercast_agent.crc32 import crc32
 from layercast_agent.layout import Manifest
-from layercast_agent.regions import WritableMemory
+from layercast_agent.regions import AdoptingMemory, WritableMemory
 from layercast_agent.transfer_events import Chunk
 
 # What fits a core's cache beside the copy that is made of it.
@@ -66,6 +66,17 @@ class Landing:
             if not direct:
                 copy_bytes(staged[start : start + COPY_BYTES], piece)
         return self.settle(chunk, staged, crc=crc)
+
+    def may_adopt(self, segment: int) -> bool:
+        """Whether the segment's memory can become a mapped file instead of being filled."""
+        memory = self._memories[segment]
+        return isinstance(memory, AdoptingMemory) and memory.adopts
+
+    def adopt(self, segment: int, source: memoryview) -> None:
+        """Make `source`, all of a segment's verified bytes, its memory; only where `may_adopt`."""
+        memory = self._memories[segment]
+        assert isinstance(memory, AdoptingMemory)
+        memory.adopt(source)
 
     def _matches(self, chunk: Chunk, data: memoryview, crc: int | None) -> bool:
         expected = self._manifest.segments[chunk.segment].chunk_crc32[chunk.chunk]

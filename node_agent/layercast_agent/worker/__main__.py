@@ -24,6 +24,7 @@ from layercast_agent import logs, rdma, tls
 from layercast_agent.device import register_host_memory
 from layercast_agent.errors import PeerError
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
+from layercast_agent.host_memory import Reserve
 from layercast_agent.regions import RegionTable
 from layercast_agent.transport import shm_link
 from layercast_agent.transport.nixl import NixlPlane, NixlUnavailableError
@@ -91,6 +92,7 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
     server = aio.server(interceptors=tls.interceptors(secure), options=GRPC_OPTIONS)
     host_name = options.listen.rsplit(":", 1)[0]
     port = tls.bind(server, options.listen, secure)
+    reserves = device.type == "cpu" and options.reserve_bytes > 0
     host = WorkerHost(
         settings=options,
         device=device,
@@ -102,6 +104,7 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         share=ComputeShare(options.cpu_share if device.type == "cpu" else 1.0),
         tls=secure,
         plane=_one_sided(options, table, holdings),
+        reserve=Reserve(options.reserve_bytes) if reserves else None,
     )
     assignment = Assignment(host)
     engine_pb2_grpc.add_EngineServiceServicer_to_server(

@@ -8,6 +8,7 @@ import torch
 from layercast.peer.v1alpha1 import peer_pb2
 
 from layercast_agent.holdings import Holdings
+from layercast_agent.host_memory import Reserve
 from layercast_agent.regions import RegionTable
 from layercast_agent.tls import Tls
 from layercast_agent.transport.nixl import NixlPlane
@@ -31,6 +32,8 @@ class WorkerHost:
     tls: Tls | None
     plane: NixlPlane | None
     """One-sided reads; None where the node has no RDMA."""
+    reserve: Reserve | None
+    """Touched memory that the parameters of a CPU device land in when they fit."""
 
     def peer(self, replica_id: str) -> peer_pb2.Peer:
         """How others reach the replica on this worker."""

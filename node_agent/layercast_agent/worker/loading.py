@@ -19,7 +19,7 @@ from layercast_agent.engine.guidance import Guides
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import ModelShape, Wanted, build_model, shape_of
 from layercast_agent.holdings import Holding
-from layercast_agent.layout import Manifest
+from layercast_agent.layout import Manifest, SegmentSpec
 from layercast_agent.regions import RegionRef
 from layercast_agent.residency import Residency
 from layercast_agent.worker.host import WorkerHost
@@ -62,19 +62,25 @@ class ModelMemory:
 
     def tensors(self, segment: int) -> Mapping[str, torch.Tensor]:
         """Views into a segment's memory by parameter name; no copy."""
-        memory = self.memories[segment].tensor
-        return {
-            spec.name: memory[spec.offset : spec.offset + spec.nbytes]
-            .view(TORCH_DTYPES[spec.dtype])
-            .view(spec.shape)
-            for spec in self.manifest.segments[segment].tensors
-        }
+        return views(self.manifest.segments[segment], self.memories[segment])
 
     def close(self, *, deadline_s: float) -> None:
         """Withdraws the copy: watchers go elsewhere, then readers are waited for."""
         self.host.holdings.remove(self.manifest.digest)
         for region in self.regions:
             self.host.table.remove(region.region_id, deadline_s=deadline_s)
+        if self.host.reserve is not None:
+            self.host.reserve.reset()
+
+
+def views(segment: SegmentSpec, memory: DeviceMemory) -> dict[str, torch.Tensor]:
+    """A segment's parameters by name, as they lie in its memory; no copy."""
+    return {
+        spec.name: memory.tensor[spec.offset : spec.offset + spec.nbytes]
+        .view(TORCH_DTYPES[spec.dtype])
+        .view(spec.shape)
+        for spec in segment.tensors
+    }
 
 
 def build(
@@ -117,7 +123,11 @@ def build(
         key=manifest.digest,
         guides=Guides(files=files, vocab_size=shape.vocab_size),
     )
-    memories = slab_of(sizes, host.device)
+    touched = None if host.reserve is None else host.reserve.take(slab_bytes(sizes))
+    memories = slab_of(sizes, host.device, host=touched)
+    if host.plane is not None:
+        for memory in memories:
+            memory.adopts = False  # network cards read it where it was registered
     residency = Residency(manifest)
     regions = tuple(host.table.add(memory) for memory in memories)
     host.holdings.add(Holding(manifest=manifest, files=files, residency=residency, regions=regions))

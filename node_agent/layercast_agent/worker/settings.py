@@ -46,6 +46,9 @@ class WorkerSettings:
     device_memory_bytes: int
     """What parameters and KV cache may use together."""
 
+    reserve_bytes: int
+    """Host memory of a CPU device that is touched before the first load; 0 for none. See `host_memory`."""
+
     cpu_share: float
     """Share of one core that a CPU device may use, in (0, 1]; see `pacing`."""
 
@@ -80,6 +83,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--rdma", default=Rdma.AUTO, type=Rdma)
     parser.add_argument("--tls-dir", default=None, type=Path)
     parser.add_argument("--device-memory-bytes", required=True, type=int)
+    parser.add_argument("--reserve-bytes", default=0, type=int)
     parser.add_argument("--cpu-share", default=1.0, type=float)
     parser.add_argument("--cpu-cores", default="")
     parser.add_argument("--engine", default="auto", choices=["auto", "generic", "fast"])
@@ -105,6 +109,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
         rdma=flags.rdma,
         tls_dir=flags.tls_dir,
         device_memory_bytes=flags.device_memory_bytes,
+        reserve_bytes=flags.reserve_bytes,
         cpu_share=flags.cpu_share,
         cpu_cores=cores,
         engine=flags.engine,
