@@ -143,35 +143,29 @@ FLEET = (
         stacked=True,
     ),
     Panel(
-        title="Host copies",
-        unit="short",
-        queries={"{{state}}": "sum by (state) (layercast_agent_host_copies)"},
-        about="Copies of checkpoints in host memory, in the whole cluster: as few as possible.",
-    ),
-    Panel(
-        title="Host memory for copies",
-        unit="bytes",
-        queries={
-            "used {{instance}}": "layercast_agent_host_pool_used_bytes",
-            "pool {{instance}}": "layercast_agent_host_pool_bytes",
-        },
-        about="What copies take of the memory that was set aside at start.",
-    ),
-    Panel(
         title="Transfers",
         unit="Bps",
         queries={
-            "{{transport}} from {{source}}": "sum by (transport, source) "
-            f"(rate(layercast_agent_transfer_bytes_total{RATE}))"
+            "{{instance}} from {{source}}": "sum by (instance, source) "
+            "(layercast_agent_transfer_bytes_per_second)"
         },
-        about="Parameter bytes that arrived, by transport (RDMA or not) and kind of source.",
+        about="Parameter bytes that arrive at each node, from its disk or from a peer.",
         stacked=True,
     ),
     Panel(
-        title="Transports",
+        title="KV pages",
         unit="short",
-        queries={"{{transport}}": "sum by (transport) (layercast_agent_transport_info)"},
-        about="Nodes by the fastest transport that they offer. tcp where RDMA was asked for is a fallback.",
+        queries={"{{state}}": "sum by (state) (layercast_agent_replica_kv_pages)"},
+        about="Pages of the KV cache of all replicas: in all, in use, and kept for prompts that come again.",
+    ),
+    Panel(
+        title="Prefix cache",
+        unit="percentunit",
+        queries={
+            "hits": f'sum(rate(layercast_agent_replica_prefix_tokens_total{{result="hit"}}{RATE})) '
+            f"/ sum(rate(layercast_agent_replica_prefix_tokens_total{RATE}))"
+        },
+        about="Share of the tokens of admitted prompts whose KV was there already.",
     ),
     Panel(
         title="Checkpoints on disk",

@@ -97,9 +97,19 @@ def families(seen: Observation) -> Iterator[Metric]:
     arrived = GaugeMetricFamily(
         "layercast_agent_replica_resident_bytes", "Verified parameter bytes.", labels=["replica", "device"]
     )
+    rate = GaugeMetricFamily(
+        "layercast_agent_transfer_bytes_per_second",
+        "Parameters that arrive, by replica and by what kind of source they come from; 0 once all are there.",
+        labels=["replica", "source"],
+    )
     for replica in seen.status.replicas:
-        arrived.add_metric([replica.replica_id, replica.device_id], replica.transfer.done_bytes)
+        transfer = replica.transfer
+        arrived.add_metric([replica.replica_id, replica.device_id], transfer.done_bytes)
+        under_way = transfer.done_bytes < transfer.total_bytes
+        source = "disk" if transfer.upstream in ("", "disk") else "peer"
+        rate.add_metric([replica.replica_id, source], transfer.bytes_per_s if under_way else 0)
     yield arrived
+    yield rate
     yield from _memory(seen.status.replicas)
 
 

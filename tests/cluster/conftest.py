@@ -1,4 +1,4 @@
-"""One installation for all cluster tests: installed by Helm at the first, uninstalled and looked over at the end."""
+"""One installation and one served model for all cluster tests; Helm installs at the first and uninstalls at the end."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.cluster.bed import NAMESPACE, RELEASE, ROOT, Bed
+from tests.cluster.bed import NAMESPACE, PROMPTS, ROOT, Bed
+
+SAMPLE = ROOT / "manifests" / "samples" / "minimal.yaml"
+# In fp32 a greedy answer is one answer, whatever else happens.
+EXACT: dict[str, Any] = {"replicas": 1, "model": {"dtype": "float32"}, "serving": {"contextLength": 512}}
 
 
 def _chart() -> Any:
@@ -30,7 +34,35 @@ def bed() -> Iterator[Bed]:
     made = Bed(_chart().helm())
     made.install()
     yield made
+    made.report()
     if not os.environ.get("LAYERCAST_KEEP"):
-        made.kubectl("delete", "modelservices", "--all", "--timeout=60s")
-        made.helm("uninstall", RELEASE, "--wait")
+        made.uninstall()
         made.kubectl("delete", "namespace", NAMESPACE)
+
+
+@pytest.fixture(scope="session")
+def served(bed: Bed) -> Bed:
+    """The smallest sample, applied, and one replica of it."""
+    bed.kubectl("apply", "--validate=false", "-f", str(SAMPLE))
+    bed.patch(EXACT)
+    bed.wait(lambda: bed.serving() == 1, "one replica serves", deadline_s=240)
+    return bed
+
+
+@pytest.fixture(scope="session")
+def right(served: Bed) -> dict[str, str]:
+    """What one replica answers at rest."""
+    return {prompt: served.ask(prompt) for prompt in PROMPTS}
+
+
+@pytest.fixture
+def at(served: Bed) -> Iterator[Any]:
+    """Brings the service to a number of replicas; afterwards the specification is what it was."""
+
+    def bring(replicas: int) -> Bed:
+        served.patch({"replicas": replicas})
+        served.wait(lambda: served.serving() == replicas, f"{replicas} replicas serve", deadline_s=180)
+        return served
+
+    yield bring
+    served.patch({"scaling": None, **EXACT})

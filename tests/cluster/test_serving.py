@@ -2,38 +2,18 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
+from collections.abc import Callable
 
 import pytest
-from tests.cluster.bed import PROMPTS, RELEASE, ROOT, Bed
+from tests.cluster.bed import RELEASE, Bed
 
 pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
-
-SAMPLE = ROOT / "manifests" / "samples" / "minimal.yaml"
-NAME = "smollm2"
+Right = dict[str, str]
 
 
-@pytest.fixture(scope="module")
-def served(bed: Bed) -> Iterator[Bed]:
-    """The smallest sample, applied; in fp32, so that a greedy answer is one answer whatever else happens."""
-    bed.kubectl("apply", "--validate=false", "-f", str(SAMPLE))
-    exact = {"spec": {"replicas": 1, "model": {"dtype": "float32"}, "serving": {"contextLength": 512}}}
-    bed.kubectl("patch", "modelservice", NAME, "--type=merge", "-p", json.dumps(exact))
-    bed.wait(lambda: bed.serving(NAME) == 1, "one replica serves", deadline_s=240)
-    yield bed
-    bed.kubectl("delete", "modelservice", NAME)
-
-
-@pytest.fixture(scope="module")
-def right(served: Bed) -> dict[str, str]:
-    """What one replica answers at rest."""
-    return {prompt: served.ask(NAME, prompt) for prompt in PROMPTS}
-
-
-def test_the_smallest_sample_serves(served: Bed, right: dict[str, str]) -> None:
+def test_the_smallest_sample_serves(served: Bed, right: Right) -> None:
     assert "Paris" in right["The capital of France is"]
-    conditions = {c["type"]: c["status"] for c in served.status(NAME)["conditions"]}
+    conditions = {c["type"]: c["status"] for c in served.status()["conditions"]}
     assert conditions["Ready"] == conditions["WeightsLoaded"] == "True"
 
 
@@ -41,11 +21,38 @@ def test_helm_test_passes(served: Bed) -> None:
     served.helm("test", RELEASE, "--timeout", "90s")
 
 
-def test_kubectl_scale_loses_nothing(served: Bed, right: dict[str, str]) -> None:
-    with served.traffic(NAME) as traffic:
-        served.kubectl("scale", "modelservice", NAME, "--replicas=3")
-        served.wait(lambda: served.serving(NAME) == 3, "three replicas serve")
-        served.kubectl("scale", "modelservice", NAME, "--replicas=1")
-        served.wait(lambda: len(served.status(NAME)["replicas"]) == 1, "one replica is left")
+def test_kubectl_scale_loses_nothing(served: Bed, right: Right, at: Callable[[int], Bed]) -> None:
+    with served.traffic() as traffic:
+        served.kubectl("scale", "modelservice", "smollm2", "--replicas=3")
+        took_s = served.wait(lambda: served.serving() == 3, "three replicas serve")
+        served.note("kubectl scale 1 to 3, under load", took_s)
+        served.kubectl("scale", "modelservice", "smollm2", "--replicas=1")
+        served.wait(lambda: len(served.status().get("replicas", ())) == 1, "one replica is left")
         served.wait(lambda: len(traffic.answers) >= 6, "requests go on")
+    assert not traffic.wrong(right)
+
+
+def test_a_new_revision_loses_nothing(served: Bed, right: Right, at: Callable[[int], Bed]) -> None:
+    old = {replica["replicaId"] for replica in served.status()["replicas"]}
+    with served.traffic() as traffic:
+        served.patch({"model": {"revision": "second"}})
+        took_s = served.wait(
+            lambda: served.serving() == 1 and not old & served.replica_ids(), "the new one serves alone"
+        )
+        served.note("rollout of a revision, under load", took_s)
+        served.wait(lambda: len(traffic.answers) >= 4, "requests go on")
+    served.patch({"model": {"revision": None}})
+    assert not traffic.wrong(right)
+
+
+def test_helm_upgrade_loses_nothing(served: Bed, right: Right, at: Callable[[int], Bed]) -> None:
+    """Every pod is replaced: gateways that serve, the operator that leads, agents that hold replicas."""
+    at(2)
+    with served.traffic() as traffic:
+        began = len(traffic.answers)
+        flags = [f"--set={c}.podAnnotations.test/upgraded=yes" for c in ("operator", "gateway", "agent")]
+        served.install(*flags)
+        took_s = served.wait(lambda: served.serving() == 2, "two replicas serve again", deadline_s=240)
+        served.note("two replicas again after helm upgrade", took_s)
+        served.wait(lambda: len(traffic.answers) >= began + 4, "requests go on")
     assert not traffic.wrong(right)
