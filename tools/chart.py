@@ -57,7 +57,9 @@ HEAD = """\
 #
 #   kubectl create namespace layercast
 #   kubectl -n layercast create secret generic layercast-data-token --from-literal=token=$(openssl rand -hex 32)
-#   kubectl -n layercast create secret generic layercast-api-keys --from-literal=default=$(openssl rand -hex 24)
+#   KEY=lc-$(openssl rand -hex 20)
+#   kubectl -n layercast create secret generic layercast-api-keys --from-literal=key=$KEY \\
+#     --from-literal=keys="default $(printf %s "$KEY" | sha256sum | cut -d' ' -f1)"
 #   kubectl apply --server-side -f manifests/install.yaml
 """
 

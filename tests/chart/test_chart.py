@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 import subprocess
 from collections.abc import Mapping
@@ -80,6 +82,16 @@ def test_generated_certificates_name_their_role(default: Objects) -> None:
     for role in ("operator", "gateway", "agent"):
         assert set(secrets[f"layercast-{role}-tls"]) == {"ca.crt", "tls.crt", "tls.key"}
     assert secrets["layercast-agent-tls"]["ca.crt"] == secrets["layercast-ca"]["tls.crt"]
+
+
+def test_gateways_read_hashes_of_keys_only(default: Objects) -> None:
+    secret = next(o["data"] for o in default if o["metadata"]["name"] == "layercast-api-keys")
+    key, line = (base64.b64decode(secret[entry]).decode() for entry in ("key", "keys"))
+    assert line.split() == ["default", hashlib.sha256(key.encode()).hexdigest()]
+    volumes = pods(default)["layercast-gateway"]["volumes"]
+    assert next(v for v in volumes if v["name"] == "api-keys")["secret"]["items"] == [
+        {"key": "keys", "path": "keys"}
+    ]
 
 
 def test_what_is_installed_without_helm_holds_no_secret(chart: ModuleType) -> None:

@@ -7,13 +7,8 @@ import sys
 import urllib.error
 import urllib.request
 
-keys = pathlib.Path(os.environ["KEYS"])
-# One Secret entry a key; the names that start with dots are how kubelet replaces them at once.
-key = (
-    next((f.read_text().strip() for f in sorted(keys.glob("[!.]*")) if f.is_file()), "")
-    if keys.is_dir()
-    else ""
-)
+file = pathlib.Path(os.environ["KEY_FILE"])
+key = file.read_text().strip() if file.is_file() else ""
 headers = {"Content-Type": "application/json", **({"Authorization": f"Bearer {key}"} if key else {})}
 
 
