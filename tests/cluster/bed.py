@@ -295,7 +295,18 @@ def hub() -> Path:
         for file in (cache / "models" / "SmolLM2-135M-Instruct").iterdir():
             if not (snapshot / file.name).exists():
                 os.link(file, snapshot / file.name)
+        weights = snapshot / "model.safetensors"
+        if name == "second" and weights.stat().st_nlink > 1:
+            _another(weights)
     return cache / "test-hub"
+
+
+def _another(weights: Path) -> None:
+    """A file of its own instead of the link, with the smallest change that makes another checkpoint of it."""
+    content = bytearray(weights.read_bytes())
+    content[-2] ^= 1  # the last bit of a bfloat16's fraction
+    weights.unlink()
+    weights.write_bytes(content)
 
 
 def _run(command: list[str], *, given: str | None = None, deadline_s: float) -> str:
