@@ -143,6 +143,21 @@ FLEET = (
         stacked=True,
     ),
     Panel(
+        title="Host copies",
+        unit="short",
+        queries={"{{state}}": "sum by (state) (layercast_agent_host_copies)"},
+        about="Copies of checkpoints in host memory, in the whole cluster: as few as possible.",
+    ),
+    Panel(
+        title="Host memory for copies",
+        unit="bytes",
+        queries={
+            "used {{instance}}": "layercast_agent_host_pool_used_bytes",
+            "pool {{instance}}": "layercast_agent_host_pool_bytes",
+        },
+        about="What copies take of the memory that was set aside at start.",
+    ),
+    Panel(
         title="Transfers",
         unit="Bps",
         queries={

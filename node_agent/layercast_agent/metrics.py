@@ -94,6 +94,12 @@ def families(seen: Observation) -> Iterator[Metric]:
         "Read rate of the store, measured at start; 0 until then.",
         value=seen.status.disk_bytes_per_s,
     )
+    yield from _arriving(seen.status.replicas)
+    yield from _memory(seen.status.replicas)
+
+
+def _arriving(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
+    """How far and how fast parameters arrive."""
     arrived = GaugeMetricFamily(
         "layercast_agent_replica_resident_bytes", "Verified parameter bytes.", labels=["replica", "device"]
     )
@@ -102,7 +108,7 @@ def families(seen: Observation) -> Iterator[Metric]:
         "Parameters that arrive, by replica and by what kind of source they come from; 0 once all are there.",
         labels=["replica", "source"],
     )
-    for replica in seen.status.replicas:
+    for replica in replicas:
         transfer = replica.transfer
         arrived.add_metric([replica.replica_id, replica.device_id], transfer.done_bytes)
         under_way = transfer.done_bytes < transfer.total_bytes
@@ -110,7 +116,6 @@ def families(seen: Observation) -> Iterator[Metric]:
         rate.add_metric([replica.replica_id, source], transfer.bytes_per_s if under_way else 0)
     yield arrived
     yield rate
-    yield from _memory(seen.status.replicas)
 
 
 def _memory(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
