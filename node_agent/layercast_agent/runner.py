@@ -272,6 +272,7 @@ class TransferRunner:
                 connect_deadline_s=limits.open_deadline_s,
                 tls=tls,
                 plane=plane,
+                read_deadline_s=limits.progress_deadline_s,
             ),
             post=self._mailbox.post,
             on_segment=on_segment,

@@ -28,7 +28,8 @@ class Peer:
             "egress_bytes_per_s": 0,
             "upstreams": upstreams,
             "nixl": True,
-            "progress_deadline_s": 60.0,
+            # Emulated processors: what takes milliseconds elsewhere takes seconds.
+            "limits": {"progress_deadline_s": 60.0, "open_deadline_s": 60.0, "stall_s": 60.0},
         }
         self.name = name
         self.process = subprocess.Popen(

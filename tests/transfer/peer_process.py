@@ -126,7 +126,7 @@ def start_transfer(
         token=TOKEN,
         on_segment=lambda segment: say("segment", segment=segment),
         on_end=on_end,
-        limits=TransferLimits(progress_deadline_s=settings.get("progress_deadline_s", 2.5)),
+        limits=TransferLimits(**{"progress_deadline_s": 2.5, **settings.get("limits", {})}),
         plane=plane,
     )
     runner.start()

@@ -29,9 +29,6 @@ from layercast_agent.transport.landing import Landing
 from layercast_agent.transport.nixl import NixlPlane, RemoteRegions
 from layercast_agent.transport.watch import CHANNEL_OPTIONS, HeldSegment, ResidencyWatch
 
-READ_DEADLINE_S = 5.0
-"""For one chunk: the library itself would wait for ever."""
-
 QUEUE_MAX = 1024
 
 _NOT_OFFERED = (grpc.StatusCode.FAILED_PRECONDITION, grpc.StatusCode.UNIMPLEMENTED)
@@ -67,10 +64,13 @@ class NixlLink:
         plane: NixlPlane,
         tls: Tls | None,
         connect_deadline_s: float,
-        read_deadline_s: float = READ_DEADLINE_S,
+        read_deadline_s: float,
         otherwise: Callable[[], ChunkLink] | None = None,
     ) -> None:
-        """Starts at once. `otherwise` opens the link that is used when the peer offers no one-sided reads."""
+        """Starts at once; a chunk that is not there within `read_deadline_s` ends it.
+
+        `otherwise` opens the link that is used when the peer offers no one-sided reads.
+        """
         self._request = request
         self._manifest = manifest
         self._landing = landing

@@ -277,6 +277,7 @@ def open_link(
     connect_deadline_s: float,
     tls: Tls | None = None,
     plane: NixlPlane | None = None,
+    read_deadline_s: float = 5.0,
 ) -> ChunkLink:
     """A link to whatever the upstream is: this node's files, this node's host memory, or a peer."""
     if request.upstream.memory_socket is not None:
@@ -314,5 +315,6 @@ def open_link(
         plane=plane,
         tls=tls,
         connect_deadline_s=connect_deadline_s,
+        read_deadline_s=read_deadline_s,
         otherwise=by_tcp,
     )
