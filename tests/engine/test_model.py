@@ -224,9 +224,10 @@ def test_groups_of_matrices_are_read_as_one(fast: Any) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("wanted", [Wanted.GENERIC, Wanted.FAST])
 def test_smollm2(smollm2_folder: Path, families: ModuleType, wanted: Wanted) -> None:
-    """The real model in fp32: a batch in chunks of two sizes, and handoffs at some layers, against generate."""
+    """The real model in fp32 as generate: chunks, preemption, a shared prefix, handoffs at some layers."""
     from safetensors.torch import load_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -249,6 +250,13 @@ def test_smollm2(smollm2_folder: Path, families: ModuleType, wanted: Wanted) -> 
         for index, prompt in enumerate(prompts):
             assert families.tokens(events, f"r{index}") == tiny.expected(prompt, 6)
         assert "Paris" in tokenizer.decode(families.tokens(events, "r0"))
+    engine = tiny.engine(step_tokens_max=16, page_size=4, pages=8)
+    for index, place in enumerate((2, 0, 2)):  # a prefix in common, and one page too few
+        engine.add(families.sequence(prompts[place], 6, name=f"r{index}", arrived_at=index))
+    events = families.run(engine)
+    for index, place in enumerate((2, 0, 2)):
+        assert families.tokens(events, f"r{index}") == tiny.expected(prompts[place], 6)
+    assert engine.load().preemptions > 0 and engine.load().prefix_tokens_hit >= 8
     for k in range(0, config["num_hidden_layers"] + 1, 6):
         giver, taker = tiny.engine(), tiny.engine()
         seq = families.sequence(prompts[2], 6)
