@@ -150,14 +150,22 @@ def test_commands_exist() -> None:
     assert not missing, f"`layercast --help` does not know {missing}"
 
 
+OTHERS_SAMPLES = {"hpa.yaml": "HorizontalPodAutoscaler", "keda.yaml": "ScaledObject"}
+"""Samples of objects that are not ours and point at a ModelService."""
+
+
 def test_samples_are_model_services() -> None:
     samples = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
     assert samples, "there are no samples"
     for sample in samples:
         for document in yaml.safe_load_all(sample.read_text()):
+            assert document["metadata"]["name"], sample
+            if sample.name in OTHERS_SAMPLES:
+                assert document["kind"] == OTHERS_SAMPLES[sample.name], sample
+                assert document["spec"]["scaleTargetRef"]["kind"] == "ModelService", sample
+                continue
             kind = (document["apiVersion"], document["kind"])
             assert kind == ("layercast.dev/v1alpha1", "ModelService"), sample
-            assert document["metadata"]["name"], sample
             assert document["spec"]["model"]["source"], sample
 
 

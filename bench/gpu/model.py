@@ -6,7 +6,8 @@ import contextlib
 import statistics
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,10 @@ def measure(setting: Setting) -> Figures:
     model = random_model(setting.config(), setting.device)
     synchronize(setting.device)
     figures: Figures = {"build_s": time.perf_counter() - started}
-    parts = [lambda: _prefill(setting, model)]
-    parts += [
-        lambda size=size: _decode(setting, model, size) for size in ((1, 32) if not setting.small else (1, 4))
-    ]
-    parts += [lambda: _layerwise(setting, model)]
+    sizes = (1, 4) if setting.small else (1, 32)
+    parts: list[Callable[[], Figures]] = [partial(_prefill, setting, model)]
+    parts += [partial(_decode, setting, model, size) for size in sizes]
+    parts += [partial(_layerwise, setting, model)]
     for part in parts:
         try:
             figures |= part()

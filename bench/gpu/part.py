@@ -100,17 +100,21 @@ def seconds(
     times = []
     for _ in range(repeat):
         if device.type == "cuda":
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin, end = _event(), _event()
             begin.record()
             function()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / 1e3)
+            times.append(float(begin.elapsed_time(end)) / 1e3)
         else:
             started = time.perf_counter()
             function()
             times.append(time.perf_counter() - started)
     return statistics.median(times)
+
+
+def _event() -> Any:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # torch says nothing of it
 
 
 def segments_of(model: LayeredModel) -> tuple[SegmentSpec, ...]:

@@ -130,6 +130,19 @@ class FleetNode(agent_pb2_grpc.AgentServiceServicer):
         )
         return pb.StartTransferResponse()
 
+    async def StartHostCopy(  # noqa: N802, RUF100
+        self, request: Any, context: Any
+    ) -> pb.StartHostCopyResponse:
+        """It has no host pool, and says so."""
+        await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "there is no host pool here")
+        raise AssertionError("abort raises")
+
+    async def DropHostCopy(  # noqa: N802, RUF100
+        self, request: Any, context: Any
+    ) -> pb.DropHostCopyResponse:
+        """There is none."""
+        return pb.DropHostCopyResponse()
+
     async def DrainReplica(self, request: Any, context: Any) -> pb.DrainReplicaResponse:  # noqa: N802, RUF100
         """It is drained."""
         self._answer = None
