@@ -8,6 +8,7 @@ worker before it plans any memory.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from layercast_agent.errors import UnsupportedArchitectureError
@@ -53,8 +54,8 @@ SUPPORTED: Mapping[str, str] = {
 """config.json's `architectures[0]` to its `model_type`."""
 
 
-def family_of(config: Mapping[str, Any]) -> str:
-    """The `model_type` of a config.json that can be served; UnsupportedArchitectureError names what cannot."""
+def family_of(config: Mapping[str, Any], *, file: Path | str = "config.json") -> str:
+    """The `model_type` of a config.json that can be served; UnsupportedArchitectureError names what cannot, and `file`."""
     named = config.get("architectures") or [None]
     architecture = named[0] if isinstance(named, list | tuple) else named
     family = config.get("model_type")
@@ -64,7 +65,7 @@ def family_of(config: Mapping[str, Any]) -> str:
         raise UnsupportedArchitectureError(
             f"architecture {architecture or 'unnamed'} (model_type {family}) is not supported; "
             f"{', '.join(SUPPORTED)} are",
-            file="config.json",
+            file=file,
         )
     quantization = config.get("quantization_config") or config.get("compression_config")
     if quantization:
@@ -72,6 +73,6 @@ def family_of(config: Mapping[str, Any]) -> str:
         raise UnsupportedArchitectureError(
             f"{architecture} quantized by {method or 'an unnamed method'} is not supported; "
             "float32, bfloat16 and float16 weights are",
-            file="config.json",
+            file=file,
         )
     return str(family)

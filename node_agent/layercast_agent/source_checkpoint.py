@@ -56,7 +56,7 @@ def open_source(folder: Path) -> SourceCheckpoint:
     if "config.json" not in files:
         raise CheckpointError("the folder has no config.json, so it is no checkpoint", file=folder)
     config = _object(files["config.json"], folder / "config.json")
-    family_of(config)
+    family_of(config, file=folder / "config.json")
     return SourceCheckpoint(folder=folder, config=config, tensors=_tensors(folder), files=files)
 
 

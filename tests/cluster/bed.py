@@ -228,6 +228,10 @@ class Bed:
     def prometheus(self) -> Iterator[Prometheus]:
         """A Prometheus that scrapes everything of ours."""
         ports = {"operator": 7090, "gateway": 8080, "agent": 7190}
+        self.wait(
+            lambda: all("podIP" in pod["status"] for job in ports for pod in self.pods(job)),
+            "every pod has an address",
+        )
         targets = {
             job: [f"{pod['status']['podIP']}:{port}" for pod in self.pods(job)] for job, port in ports.items()
         }

@@ -19,9 +19,8 @@ def test_uninstall_leaves_nothing_but_the_definition(bed: Bed) -> None:
     left = [
         item["metadata"]["name"]
         for item in bed.get(KINDS)["items"]
-        if item["metadata"]["labels"].get("app.kubernetes.io/instance") == "lc"
+        if item["metadata"].get("labels", {}).get("app.kubernetes.io/instance") == "lc"
         or NAMESPACE in item["metadata"]["name"]
-        if "labels" in item["metadata"]
     ]
     assert left == []
     assert bed.get("crd", "modelservices.layercast.dev")["spec"]["group"] == "layercast.dev"

@@ -67,9 +67,8 @@ def test_bfloat16_chooses_the_same_tokens(fast: Any, families: ModuleType) -> No
     prompt = families.prompts([120])[0]
     logits = {}
     for dtype in ("float32", "bfloat16"):
-        judge = fast.judge.to(torch.bfloat16) if dtype == "bfloat16" else _rounded(fast.judge)
+        judge = _rounded(fast.judge).to(getattr(torch, dtype))  # a copy: other tests share the judge
         model = families.attached(fast.config, judge, dtype, fast.block)
-        fast.judge.to(torch.float32)
         kv = families.KVCache(model.shape, 40, page_size=4, device=families.CPU)
         batch = BatchPlan.of(kv, [Span(start=0, count=120, pages=kv.allocator.allocate(30))])
         hidden = model.run_layers(0, fast.layers, model.embed(torch.tensor(prompt)), batch)

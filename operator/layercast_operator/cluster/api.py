@@ -72,6 +72,7 @@ class KubeApi:
     def __init__(self, login: Login) -> None:
         self._login = login
         self._client: client.ApiClient | None = None
+        self._closed = False
         self._opening = asyncio.Lock()
 
     @property
@@ -80,7 +81,8 @@ class KubeApi:
         return self._login
 
     async def close(self) -> None:
-        """Close the connections."""
+        """Close the connections; calls that are still to come fail."""
+        self._closed = True
         opened, self._client = self._client, None
         if opened is not None:
             await opened.close()
@@ -132,6 +134,8 @@ class KubeApi:
     async def _open(self) -> client.ApiClient:
         """The client; it reads a service account's token again while it runs."""
         async with self._opening:
+            if self._closed:
+                raise OSError("the client is closed")
             if self._client is None:
                 configuration = client.Configuration()
                 # Inside the cluster, whatever proxies the environment names.
