@@ -22,7 +22,11 @@ from layercast_operator.crd import crd
 from layercast_operator.errors import KubernetesError
 
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-pytestmark = pytest.mark.processes
+pytestmark = [
+    pytest.mark.processes,
+    # Watches that are cut in the middle leave sockets, which are collected during whichever test runs then.
+    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+]
 
 
 def _world() -> Any:
