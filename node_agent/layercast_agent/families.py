@@ -55,7 +55,7 @@ SUPPORTED: Mapping[str, str] = {
 
 
 def family_of(config: Mapping[str, Any], *, file: Path | str = "config.json") -> str:
-    """The `model_type` of a config.json that can be served; UnsupportedArchitectureError says what cannot, and where."""
+    """The `model_type` of a config.json that can be served; UnsupportedArchitectureError says what cannot, where."""
     named = config.get("architectures") or [None]
     architecture = named[0] if isinstance(named, list | tuple) else named
     family = config.get("model_type")
