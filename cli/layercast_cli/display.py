@@ -17,6 +17,7 @@ BAR_CELLS = 24
 STATE_STYLE = {
     "serving": "green",
     "live": "yellow",
+    "leading": "yellow",
     "loading": "cyan",
     "draining": "magenta",
     "failed": "red",

@@ -29,7 +29,7 @@ WIDE_HEADER = [
     "HANDOFFS",
 ]
 # States of a replica that is on its way, as the operator names them in any case.
-LOADING_STATES = ("loading", "live")
+LOADING_STATES = ("loading", "live", "leading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -160,6 +160,24 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         """UNIMPLEMENTED."""
         await _executes_nothing(context)
 
+    async def RunStage(
+        self, request: peer_pb2.RunStageRequest, context: ServicerContext[Any, Any]
+    ) -> NoReturn:
+        """UNIMPLEMENTED."""
+        await _executes_nothing(context)
+
+    async def ReadStage(
+        self, request: peer_pb2.ReadStageRequest, context: ServicerContext[Any, Any]
+    ) -> NoReturn:
+        """UNIMPLEMENTED."""
+        await _executes_nothing(context)
+
+    async def EndStage(
+        self, request: peer_pb2.EndStageRequest, context: ServicerContext[Any, Any]
+    ) -> NoReturn:
+        """UNIMPLEMENTED."""
+        await _executes_nothing(context)
+
 
 def wire_server(agent: Agent, holdings: Holdings, tls: Tls | None = None) -> grpc.aio.Server:
     """A gRPC server with both services, not bound and not started."""

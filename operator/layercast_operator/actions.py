@@ -61,6 +61,8 @@ class StartTransfer:
     segment_order: tuple[int, ...]
     live_source: PeerRef | None
     why: str
+    lead: tuple[PeerRef, ...] | None = None
+    """Nobody complete serves, and this replica leads a pipeline with these, maybe with none; None: it does not."""
 
     @property
     def subject(self) -> str:

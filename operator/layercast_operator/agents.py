@@ -64,6 +64,7 @@ _CHANNEL_OPTIONS = (
 _REPLICA_STATES = {
     pb.REPLICA_STATE_LOADING: ReplicaState.LOADING,
     pb.REPLICA_STATE_LIVE: ReplicaState.LIVE,
+    pb.REPLICA_STATE_LEADING: ReplicaState.LEADING,
     pb.REPLICA_STATE_SERVING: ReplicaState.SERVING,
     pb.REPLICA_STATE_DRAINING: ReplicaState.DRAINING,
     pb.REPLICA_STATE_DRAINED: ReplicaState.DRAINED,
@@ -209,6 +210,7 @@ def _transfer(action: StartTransfer) -> pb.StartTransferRequest:
         upstreams=_upstreams(action.upstreams),
         segment_order=action.segment_order,
         live_source=None if source is None else _peer(source),
+        lead=None if action.lead is None else pb.Pipeline(members=[_peer(peer) for peer in action.lead]),
     )
 
 

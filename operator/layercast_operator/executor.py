@@ -26,7 +26,7 @@ from layercast_operator.agents import AgentCalls
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
 from layercast_operator.pending import PendingHostCopy, PendingReplica
-from layercast_operator.snapshot import Node, ReplicaState, Snapshot
+from layercast_operator.snapshot import Node, Snapshot
 
 _LOG = logging.getLogger(__name__)
 
@@ -208,7 +208,7 @@ def _visible(action: Action, node: Node) -> bool:
             transfer = replica.transfer if replica is not None else None
             return replica is None or (transfer is not None and transfer.generation >= action.generation)
         case DrainReplica():
-            return replica is None or replica.state not in {ReplicaState.SERVING, ReplicaState.LIVE}
+            return replica is None or not replica.executes
         case StopReplica():
             return replica is None
         case _:

@@ -91,7 +91,7 @@ def plan_orphans(snapshot: Snapshot, models: Collection[str]) -> Plan:
         if replica.model in models or replica.pending or not _fresh(snapshot, replica):
             continue
         why = f"ModelService {replica.model} is gone"
-        if replica.state in {ReplicaState.SERVING, ReplicaState.LIVE}:
+        if replica.executes:
             actions.append(_drain(replica, ORPHAN_GRACE_S, why))
         elif replica.state is not ReplicaState.DRAINING:
             actions.append(_stop(replica, why))

@@ -24,6 +24,8 @@ from layercast_operator.tls import GATEWAY, Callers, Tls
 _STATES = {
     ReplicaState.LOADING: pb.ENDPOINT_STATE_LOADING,
     ReplicaState.LIVE: pb.ENDPOINT_STATE_LIVE,
+    # It has nobody to share a queue with: requests go to it, and it sees to them with its pipeline.
+    ReplicaState.LEADING: pb.ENDPOINT_STATE_SERVING,
     ReplicaState.SERVING: pb.ENDPOINT_STATE_SERVING,
     ReplicaState.DRAINING: pb.ENDPOINT_STATE_DRAINING,
     ReplicaState.DRAINED: pb.ENDPOINT_STATE_DRAINING,

@@ -15,6 +15,7 @@ class ReplicaState(Enum):
 
     LOADING = "Loading"
     LIVE = "Live"
+    LEADING = "Leading"
     SERVING = "Serving"
     DRAINING = "Draining"
     DRAINED = "Drained"
@@ -128,7 +129,12 @@ class Replica:
     @property
     def arriving(self) -> bool:
         """Its parameters are on their way."""
-        return self.state in {ReplicaState.LOADING, ReplicaState.LIVE}
+        return self.state in {ReplicaState.LOADING, ReplicaState.LIVE, ReplicaState.LEADING}
+
+    @property
+    def executes(self) -> bool:
+        """It may own requests, which it has to finish or give back before it goes."""
+        return self.state in {ReplicaState.SERVING, ReplicaState.LIVE, ReplicaState.LEADING}
 
     @property
     def active(self) -> bool:

@@ -102,8 +102,10 @@ class WorkerProcess:
         upstreams: list[peer_pb2.Peer] | None = None,
         live_source: peer_pb2.Peer | None = None,
         generation: int = 1,
+        order: list[int] | None = None,
+        lead: list[peer_pb2.Peer] | None = None,
     ) -> None:
-        """Starts the transfer: from disk when no upstream is given."""
+        """Starts the transfer: from disk when no upstream is given. With `lead`, even empty, the worker leads."""
         segments = len(packed.manifest.segments)
         layers_first = [*range(1, segments - 1), 0, segments - 1]
         named = [agent_pb2.Upstream(peer=peer) for peer in upstreams or []]
@@ -114,8 +116,9 @@ class WorkerProcess:
                     transfer_id=f"{self.name}-t",
                     generation=generation,
                     upstreams=named or [agent_pb2.Upstream(local_disk=True)],
-                    segment_order=layers_first if live_source else [],
+                    segment_order=order or (layers_first if live_source else []),
                     live_source=live_source,
+                    lead=None if lead is None else agent_pb2.Pipeline(members=lead),
                 ),
                 local_disk_path=str(packed.folder),
             ),

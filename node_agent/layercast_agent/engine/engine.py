@@ -23,7 +23,8 @@ from layercast_agent.engine.model import LayeredModel
 from layercast_agent.engine.sampler import Choice, Draw, sample
 from layercast_agent.engine.scheduler import EngineLimits, Scheduler, Work
 from layercast_agent.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprobs
-from layercast_agent.errors import PeerError, RequestError
+from layercast_agent.engine.stages import Stages
+from layercast_agent.errors import NoCapacityError, PeerError, RequestError
 
 __all__ = [
     "Engine",
@@ -72,6 +73,7 @@ class Engine:
         self.limits = limits
         self._kv = kv
         self._guides = guides
+        self.stages = Stages(model=model, kv=kv)
         self._layers = model.shape.layers
         self._scheduler = Scheduler(
             pages=kv.allocator, page_size=kv.page_size, layers=self._layers, limits=limits, key=key
@@ -206,6 +208,44 @@ class Engine:
         """Fills `seq.hidden` with the embeddings of its prefix, unless it has hidden states; needs no pages."""
         if seq.hidden is None:
             seq.hidden = self.model.embed(self._token_ids([seq.tokens(0, seq.prefix_length)]))
+
+    # Pipelines of partial replicas
+
+    @torch.inference_mode()
+    def embedding(self, seq: Sequence, start: int) -> torch.Tensor:
+        """Embeddings [count, hidden size] of the prefix from position `start` on."""
+        return self.model.embed(self._token_ids([seq.tokens(start, seq.prefix_length)]))
+
+    @torch.inference_mode()
+    def choose(self, seq: Sequence, hidden: torch.Tensor) -> TokenEvent:
+        """The next token of a request whose last position left all layers, here or elsewhere, as `hidden` [1, H]."""
+        draw = Draw(sampling=seq.sampling, position=len(seq.generated))
+        (choice,) = sample(self.model.logits(hidden), [draw])
+        return self._accept(seq, choice)
+
+    @torch.inference_mode()
+    def adopt(self, seq: Sequence, state: torch.Tensor, positions: int) -> None:
+        """Queues a request whose first `positions` are computed in all layers: a handoff with k = L.
+
+        `state` is uint8 [n] on the host: K and V of each layer, [positions, kv heads, head dim]. Raises as `add`, and
+        PeerError when the bytes are not of that request; NoCapacityError when too few pages are free. Then it is not
+        queued.
+        """
+        shape = self.model.shape
+        if (
+            state.numel() != self._layers * positions * self._kv.row_bytes
+            or positions != seq.prefix_length - 1
+        ):
+            raise PeerError(f"{state.numel()} bytes of KV do not fit request {seq.request_id}")
+        self.add(seq)
+        try:
+            self._scheduler.reserve(seq)
+        except NoCapacityError:
+            self.release(seq)
+            raise
+        kv = state.view(shape.dtype).view(self._layers, 2, positions, shape.kv_heads, shape.head_dim)
+        self._kv.import_layers(seq.pages, kv)
+        seq.computed = positions
 
     # Handoffs
 

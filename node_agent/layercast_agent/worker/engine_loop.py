@@ -66,6 +66,7 @@ class EngineLoop:
         self._on_turn = on_turn
         self._on_failure = on_failure
         self._calls: deque[Callable[[], None]] = deque()
+        self._works: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
         self._stopping = False
         self._attached: set[int] = set()
@@ -89,6 +90,13 @@ class EngineLoop:
 
     def call(self, function: Callable[[Engine], T]) -> Future[T]:
         """Runs `function(engine)` on the engine thread at the next boundary."""
+        return self._queue(function, self._calls)
+
+    def execute(self, function: Callable[[Engine], T]) -> Future[T]:
+        """The same for work of the device, a stage of somebody's pipeline: it is a turn of its own, in order."""
+        return self._queue(function, self._works)
+
+    def _queue(self, function: Callable[[Engine], T], queue: deque[Callable[[], None]]) -> Future[T]:
         future: Future[T] = Future()
 
         def run() -> None:
@@ -103,7 +111,7 @@ class EngineLoop:
             if self._stopping:
                 future.set_exception(NoCapacityError("the replica is being stopped"))
                 return future
-            self._calls.append(run)
+            queue.append(run)
             self._wake.notify()
         return future
 
@@ -131,6 +139,10 @@ class EngineLoop:
             self._attached.add(segment)
 
         return self.call(run)
+
+    def has(self, segment: int) -> bool:
+        """Whether a segment is attached."""
+        return segment in self._attached
 
     @property
     def complete(self) -> bool:
@@ -173,6 +185,9 @@ class EngineLoop:
         return True
 
     def _execute(self) -> list[TokenEvent] | None:
+        if self._works:
+            self._works.popleft()()
+            return []
         if self.complete:
             load = self._engine.load()
             if load.requests_waiting + load.requests_running == 0:
@@ -234,9 +249,9 @@ class EngineLoop:
         deadline = time.monotonic() + seconds
         while not self._stopping and (left := deadline - time.monotonic()) > 0:
             with self._wake:
-                if not self._calls:
+                if not self._calls and not (until_called and self._works):
                     self._wake.wait(left)
-            if self._calls and until_called:
+            if until_called and (self._calls or self._works):
                 return
             if self._run_calls():
                 self._publish()
@@ -246,7 +261,9 @@ class EngineLoop:
     def _refuse_calls(self) -> None:
         with self._wake:
             self._stopping = True
-            calls, self._calls = self._calls, deque()
+            calls = [*self._calls, *self._works]
+            self._calls.clear()
+            self._works.clear()
         for run in calls:
             run()
 

@@ -13,6 +13,7 @@ from layercast.peer.v1alpha1 import peer_pb2_grpc
 from layercast_agent.errors import AgentError
 from layercast_agent.holdings import Holdings
 from layercast_agent.worker.replica import Replica
+from layercast_agent.worker.stage_host import status_of
 
 
 class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
@@ -92,3 +93,43 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         if replica is not None:
             await replica.release(request)
         return pb.ReleaseHandoffResponse()
+
+    async def RunStage(
+        self,
+        request: pb.RunStageRequest,
+        context: aio.ServicerContext[pb.RunStageRequest, pb.RunStageResponse],
+    ) -> pb.RunStageResponse:
+        replica = self._replica()
+        if replica is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no replica is here any more")
+            return pb.RunStageResponse()
+        try:
+            await replica.stages.run(request)
+        except AgentError as error:
+            await context.abort(status_of(error), str(error))
+        return pb.RunStageResponse()
+
+    async def ReadStage(
+        self,
+        request: pb.ReadStageRequest,
+        context: aio.ServicerContext[pb.ReadStageRequest, pb.ReadStageResponse],
+    ) -> pb.ReadStageResponse:
+        replica = self._replica()
+        if replica is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no replica is here any more")
+            return pb.ReadStageResponse()
+        try:
+            return await replica.stages.read(request)
+        except AgentError as error:
+            await context.abort(status_of(error), str(error))
+        return pb.ReadStageResponse()
+
+    async def EndStage(
+        self,
+        request: pb.EndStageRequest,
+        context: aio.ServicerContext[pb.EndStageRequest, pb.EndStageResponse],
+    ) -> pb.EndStageResponse:
+        replica = self._replica()
+        if replica is not None:
+            await replica.stages.end(request.session)
+        return pb.EndStageResponse()

@@ -32,6 +32,8 @@ from layercast_agent.worker.engine_loop import EngineLoop, live_request
 from layercast_agent.worker.handoffs import HandoffShelf, Lease, admit, fetch_state
 from layercast_agent.worker.host import WorkerHost
 from layercast_agent.worker.loading import ModelMemory
+from layercast_agent.worker.pipeline import Pipeline
+from layercast_agent.worker.stage_host import StageHost
 
 log = logging.getLogger(__name__)
 
@@ -93,6 +95,16 @@ class Replica:
             shelf=self.shelf,
             look=lambda: self.loop.view,
         )
+        self.stages = StageHost(
+            me=self._me,
+            token=host.settings.token,
+            tls=host.tls,
+            digest=spec.digest,
+            loop=self.loop,
+            table=host.table,
+            dtype=memory.shape.dtype,
+        )
+        self.pipeline: Pipeline | None = None
         self.desk.divert = self.cooperation.divert
         self.desk.on_first_token = self.cooperation.first_token
         self.loop.start()
@@ -125,7 +137,26 @@ class Replica:
         if request.HasField("live_source"):
             self.state = agent_pb2.REPLICA_STATE_LIVE
             self._spawn(self._stay_live(request.live_source))
+        elif request.HasField("lead"):
+            self.state = agent_pb2.REPLICA_STATE_LEADING
+            self.pipeline = self._lead(request.lead)
+            self._spawn(self.pipeline.run())
         self.runner.start()
+
+    def _lead(self, lead: agent_pb2.Pipeline) -> Pipeline:
+        shape = self.memory.shape
+        return Pipeline(
+            me=self._me,
+            members=lead.members,
+            manifest=self.memory.manifest,
+            loop=self.loop,
+            desk=self.desk,
+            host=self.stages,
+            row_bytes=2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
+            positions_max=self.memory.engine.limits.context_length_max,
+            bytes_per_s=lambda: self.runner.status().bytes_per_s if self.runner is not None else 0.0,
+            emit=self._tokens,
+        )
 
     def _on_segment(self, segment: int) -> None:
         """On the transfer's thread: a segment is verified, let the engine use it."""
@@ -136,9 +167,11 @@ class Replica:
         self.timeline.first_segment_at = self.timeline.first_segment_at or time.time()
         if self.memory.residency.layers_resident > 0:
             self._first_layer.set()
+        if self.pipeline is not None:
+            self.pipeline.wake()
         if self.loop.complete and self.timeline.complete_at is None:
             self.timeline.complete_at = time.time()
-            if self.state in (agent_pb2.REPLICA_STATE_LOADING, agent_pb2.REPLICA_STATE_LIVE):
+            if self.state in wire.STATES_ARRIVING:
                 self.state = agent_pb2.REPLICA_STATE_SERVING
             log.info("the replica is complete", extra={"replica": self.spec.replica_id})
 
@@ -251,6 +284,7 @@ class Replica:
     async def _watch_leases(self) -> None:
         while True:
             await asyncio.sleep(LEASE_CHECK_S)
+            await self.stages.expire()
             for request_id in self.shelf.expired(time.monotonic()):
                 lease = self.shelf.close(request_id)
                 if lease is not None:
@@ -285,6 +319,7 @@ class Replica:
         self.desk.give_back(await self.cooperation.close(), reason=reason)
         with contextlib.suppress(AgentError):
             await self.desk.return_all(reason)
+        await self.stages.close()
         runner = self.runner
         if runner is not None:
             await asyncio.to_thread(runner.cancel, STOP_DEADLINE_S)
@@ -305,6 +340,8 @@ class Replica:
 
     def _turned(self) -> None:
         self.cooperation.wake()
+        if self.pipeline is not None:
+            self.pipeline.wake()
 
     def _failed(self, error: Exception) -> None:
         self.state = agent_pb2.REPLICA_STATE_FAILED

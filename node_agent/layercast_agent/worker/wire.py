@@ -148,5 +148,7 @@ def events_by_gateway(tokens: Iterable[TokenEvent]) -> dict[str, list[pb.Event]]
     return grouped
 
 
-STATES_EXECUTING = frozenset({agent_pb2.REPLICA_STATE_LIVE, agent_pb2.REPLICA_STATE_SERVING})
-"""States in which a replica may own requests that it did not have before."""
+STATES_ARRIVING = frozenset(
+    {agent_pb2.REPLICA_STATE_LOADING, agent_pb2.REPLICA_STATE_LIVE, agent_pb2.REPLICA_STATE_LEADING}
+)
+"""Parameters are on their way."""

@@ -141,6 +141,10 @@ class _ReplicaStateEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaS
     """Has no requests left."""
     REPLICA_STATE_FAILED: _ReplicaState.ValueType  # 6
     """Cannot go on; `error` says why."""
+    REPLICA_STATE_LEADING: _ReplicaState.ValueType  # 7
+    """Parameters are on their way; takes requests and executes them with what is
+    resident, here and at the other members of its pipeline.
+    """
 
 class ReplicaState(_ReplicaState, metaclass=_ReplicaStateEnumTypeWrapper):
     """ReplicaState says what a replica does."""
@@ -159,6 +163,10 @@ REPLICA_STATE_DRAINED: ReplicaState.ValueType  # 5
 """Has no requests left."""
 REPLICA_STATE_FAILED: ReplicaState.ValueType  # 6
 """Cannot go on; `error` says why."""
+REPLICA_STATE_LEADING: ReplicaState.ValueType  # 7
+"""Parameters are on their way; takes requests and executes them with what is
+resident, here and at the other members of its pipeline.
+"""
 Global___ReplicaState: _TypeAlias = ReplicaState  # noqa: Y015
 
 @_typing.final
@@ -944,6 +952,7 @@ class StartTransferRequest(_message.Message):
     UPSTREAMS_FIELD_NUMBER: _builtins.int
     SEGMENT_ORDER_FIELD_NUMBER: _builtins.int
     LIVE_SOURCE_FIELD_NUMBER: _builtins.int
+    LEAD_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The target."""
     transfer_id: _builtins.str
@@ -964,6 +973,13 @@ class StartTransferRequest(_message.Message):
         that nothing is executed before all is there.
         """
 
+    @_builtins.property
+    def lead(self) -> Global___Pipeline:
+        """Nobody complete serves, and this replica leads: it takes requests at once and
+        executes them as layers arrive, its own and those of `members`. Excludes
+        `live_source`.
+        """
+
     def __init__(
         self,
         *,
@@ -973,14 +989,39 @@ class StartTransferRequest(_message.Message):
         upstreams: _abc.Iterable[Global___Upstream] | None = ...,
         segment_order: _abc.Iterable[_builtins.int] | None = ...,
         live_source: _peer_pb2.Peer | None = ...,
+        lead: Global___Pipeline | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["live_source", b"live_source"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["lead", b"lead", "live_source", b"live_source"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "live_source", b"live_source", "replica_id", b"replica_id", "segment_order", b"segment_order", "transfer_id", b"transfer_id", "upstreams", b"upstreams"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["generation", b"generation", "lead", b"lead", "live_source", b"live_source", "replica_id", b"replica_id", "segment_order", b"segment_order", "transfer_id", b"transfer_id", "upstreams", b"upstreams"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartTransferRequest: _TypeAlias = StartTransferRequest  # noqa: Y015
+
+@_typing.final
+class Pipeline(_message.Message):
+    """Pipeline is who loads the same checkpoint at the same time."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    MEMBERS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def members(self) -> _containers.RepeatedCompositeFieldContainer[_peer_pb2.Peer]:
+        """The other replicas; may be empty."""
+
+    def __init__(
+        self,
+        *,
+        members: _abc.Iterable[_peer_pb2.Peer] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["members", b"members"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Pipeline: _TypeAlias = Pipeline  # noqa: Y015
 
 @_typing.final
 class StartTransferResponse(_message.Message):

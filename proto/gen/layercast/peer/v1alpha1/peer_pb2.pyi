@@ -589,3 +589,215 @@ class ReleaseHandoffResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReleaseHandoffResponse: _TypeAlias = ReleaseHandoffResponse  # noqa: Y015
+
+@_typing.final
+class StageRange(_message.Message):
+    """StageRange is one stage of an execution pipeline: layers [first, last)."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    first: _builtins.int
+    """First layer."""
+    last: _builtins.int
+    """One after the last layer."""
+    @_builtins.property
+    def peer(self) -> Global___Peer:
+        """Who runs them."""
+
+    def __init__(
+        self,
+        *,
+        peer: Global___Peer | None = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "peer", b"peer"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___StageRange: _TypeAlias = StageRange  # noqa: Y015
+
+@_typing.final
+class RunStageRequest(_message.Message):
+    """RunStageRequest brings the input of a stage."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    POSITIONS_MAX_FIELD_NUMBER: _builtins.int
+    GIVER_FIELD_NUMBER: _builtins.int
+    HIDDEN_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    STAGES_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """Names the KV of one request along one pipeline; chosen by the leader, never
+    used again after EndStage.
+    """
+    digest: _builtins.str
+    """The checkpoint."""
+    start: _builtins.int
+    """First position of the hidden states; 0 starts the session."""
+    count: _builtins.int
+    """How many positions."""
+    positions_max: _builtins.int
+    """How many positions the session will have at most."""
+    crc32: _builtins.int
+    """crc32 of those bytes."""
+    @_builtins.property
+    def giver(self) -> Global___Peer:
+        """Who can be asked for the hidden states."""
+
+    @_builtins.property
+    def hidden(self) -> Global___Region:
+        """Hidden states [count, hidden size] in the model's dtype, little-endian."""
+
+    @_builtins.property
+    def stages(self) -> _containers.RepeatedCompositeFieldContainer[Global___StageRange]:
+        """The callee's stage, then those that follow; the leader comes last."""
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        start: _builtins.int = ...,
+        count: _builtins.int = ...,
+        positions_max: _builtins.int = ...,
+        giver: Global___Peer | None = ...,
+        hidden: Global___Region | None = ...,
+        crc32: _builtins.int = ...,
+        stages: _abc.Iterable[Global___StageRange] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["giver", b"giver", "hidden", b"hidden"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "crc32", b"crc32", "digest", b"digest", "giver", b"giver", "hidden", b"hidden", "positions_max", b"positions_max", "session", b"session", "stages", b"stages", "start", b"start"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunStageRequest: _TypeAlias = RunStageRequest  # noqa: Y015
+
+@_typing.final
+class RunStageResponse(_message.Message):
+    """RunStageResponse is empty: the hidden states went on."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___RunStageResponse: _TypeAlias = RunStageResponse  # noqa: Y015
+
+@_typing.final
+class ReadStageRequest(_message.Message):
+    """ReadStageRequest names a session and what is wanted of it."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
+    LAST_FIELD_NUMBER: _builtins.int
+    POSITIONS_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """As in RunStageRequest."""
+    first: _builtins.int
+    """First layer."""
+    last: _builtins.int
+    """One after the last layer."""
+    positions: _builtins.int
+    """Positions from 0 on."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        first: _builtins.int = ...,
+        last: _builtins.int = ...,
+        positions: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["first", b"first", "last", b"last", "positions", b"positions", "session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadStageRequest: _TypeAlias = ReadStageRequest  # noqa: Y015
+
+@_typing.final
+class ReadStageResponse(_message.Message):
+    """ReadStageResponse says where the KV can be read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    STATE_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    crc32: _builtins.int
+    """crc32 of those bytes."""
+    @_builtins.property
+    def state(self) -> Global___Region:
+        """K then V of each layer, each [positions, kv heads, head dim], little-endian."""
+
+    def __init__(
+        self,
+        *,
+        state: Global___Region | None = ...,
+        crc32: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "state", b"state"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ReadStageResponse: _TypeAlias = ReadStageResponse  # noqa: Y015
+
+@_typing.final
+class EndStageRequest(_message.Message):
+    """EndStageRequest names a session."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """As in RunStageRequest."""
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["session", b"session"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndStageRequest: _TypeAlias = EndStageRequest  # noqa: Y015
+
+@_typing.final
+class EndStageResponse(_message.Message):
+    """EndStageResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___EndStageResponse: _TypeAlias = EndStageResponse  # noqa: Y015

@@ -72,6 +72,21 @@ class PeerServiceStub(object):
                 request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffRequest.SerializeToString,
                 response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffResponse.FromString,
                 _registered_method=True)
+        self.RunStage = channel.unary_unary(
+                '/layercast.peer.v1alpha1.PeerService/RunStage',
+                request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.SerializeToString,
+                response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.FromString,
+                _registered_method=True)
+        self.ReadStage = channel.unary_unary(
+                '/layercast.peer.v1alpha1.PeerService/ReadStage',
+                request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageRequest.SerializeToString,
+                response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageResponse.FromString,
+                _registered_method=True)
+        self.EndStage = channel.unary_unary(
+                '/layercast.peer.v1alpha1.PeerService/EndStage',
+                request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageRequest.SerializeToString,
+                response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageResponse.FromString,
+                _registered_method=True)
 
 
 class PeerServiceServicer(object):
@@ -168,6 +183,45 @@ class PeerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def RunStage(self, request, context):
+        """RunStage runs a range of layers for a request that another replica leads, on
+        the positions that it names, keeps their KV here under the session, and
+        passes the hidden states on to the next stage before it answers. The last
+        stage is the leader, with an empty range: it takes the hidden states in.
+        Activations therefore go from stage to stage and never by way of the leader.
+        Idempotent: a repeat computes and stores the same.
+
+        | condition                      | code                | the caller then          |
+        |--------------------------------|---------------------|--------------------------|
+        | a layer is not resident here   | FAILED_PRECONDITION | plans the pipeline anew  |
+        | no KV page is free             | RESOURCE_EXHAUSTED  | plans the pipeline anew  |
+        | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
+        | a later stage failed           | its code            | as for that code         |
+        | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def ReadStage(self, request, context):
+        """ReadStage offers the KV of a session for reading: the leader has become
+        complete and goes on alone. It can be read until EndStage.
+
+        | condition                      | code      | the caller then            |
+        |--------------------------------|-----------|----------------------------|
+        | the session's KV is not here   | NOT_FOUND | computes the prefix itself |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def EndStage(self, request, context):
+        """EndStage frees the KV of a session. Unknown sessions succeed.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -205,6 +259,21 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.ReleaseHandoff,
                     request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffRequest.FromString,
                     response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffResponse.SerializeToString,
+            ),
+            'RunStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.RunStage,
+                    request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.FromString,
+                    response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.SerializeToString,
+            ),
+            'ReadStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.ReadStage,
+                    request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageRequest.FromString,
+                    response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageResponse.SerializeToString,
+            ),
+            'EndStage': grpc.unary_unary_rpc_method_handler(
+                    servicer.EndStage,
+                    request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageRequest.FromString,
+                    response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -399,6 +468,87 @@ class PeerService(object):
             '/layercast.peer.v1alpha1.PeerService/ReleaseHandoff',
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffRequest.SerializeToString,
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReleaseHandoffResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def RunStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.peer.v1alpha1.PeerService/RunStage',
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.SerializeToString,
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ReadStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.peer.v1alpha1.PeerService/ReadStage',
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageRequest.SerializeToString,
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def EndStage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.peer.v1alpha1.PeerService/EndStage',
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageRequest.SerializeToString,
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.EndStageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -99,6 +99,32 @@ class PeerServiceStub:
     """ReleaseHandoff ends a lease: `taken` true, the caller owns the request and
     the giver frees it; false, the giver continues it. Unknown ids succeed.
     """
+    RunStage: _grpc.UnaryUnaryMultiCallable[_peer_pb2.RunStageRequest, _peer_pb2.RunStageResponse]
+    """RunStage runs a range of layers for a request that another replica leads, on
+    the positions that it names, keeps their KV here under the session, and
+    passes the hidden states on to the next stage before it answers. The last
+    stage is the leader, with an empty range: it takes the hidden states in.
+    Activations therefore go from stage to stage and never by way of the leader.
+    Idempotent: a repeat computes and stores the same.
+
+    | condition                      | code                | the caller then          |
+    |--------------------------------|---------------------|--------------------------|
+    | a layer is not resident here   | FAILED_PRECONDITION | plans the pipeline anew  |
+    | no KV page is free             | RESOURCE_EXHAUSTED  | plans the pipeline anew  |
+    | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
+    | a later stage failed           | its code            | as for that code         |
+    | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+    """
+    ReadStage: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ReadStageRequest, _peer_pb2.ReadStageResponse]
+    """ReadStage offers the KV of a session for reading: the leader has become
+    complete and goes on alone. It can be read until EndStage.
+
+    | condition                      | code      | the caller then            |
+    |--------------------------------|-----------|----------------------------|
+    | the session's KV is not here   | NOT_FOUND | computes the prefix itself |
+    """
+    EndStage: _grpc.UnaryUnaryMultiCallable[_peer_pb2.EndStageRequest, _peer_pb2.EndStageResponse]
+    """EndStage frees the KV of a session. Unknown sessions succeed."""
 
 @_typing.type_check_only
 class PeerServiceAsyncStub(PeerServiceStub):
@@ -168,6 +194,32 @@ class PeerServiceAsyncStub(PeerServiceStub):
     """ReleaseHandoff ends a lease: `taken` true, the caller owns the request and
     the giver frees it; false, the giver continues it. Unknown ids succeed.
     """
+    RunStage: _aio.UnaryUnaryMultiCallable[_peer_pb2.RunStageRequest, _peer_pb2.RunStageResponse]  # type: ignore[assignment]
+    """RunStage runs a range of layers for a request that another replica leads, on
+    the positions that it names, keeps their KV here under the session, and
+    passes the hidden states on to the next stage before it answers. The last
+    stage is the leader, with an empty range: it takes the hidden states in.
+    Activations therefore go from stage to stage and never by way of the leader.
+    Idempotent: a repeat computes and stores the same.
+
+    | condition                      | code                | the caller then          |
+    |--------------------------------|---------------------|--------------------------|
+    | a layer is not resident here   | FAILED_PRECONDITION | plans the pipeline anew  |
+    | no KV page is free             | RESOURCE_EXHAUSTED  | plans the pipeline anew  |
+    | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
+    | a later stage failed           | its code            | as for that code         |
+    | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+    """
+    ReadStage: _aio.UnaryUnaryMultiCallable[_peer_pb2.ReadStageRequest, _peer_pb2.ReadStageResponse]  # type: ignore[assignment]
+    """ReadStage offers the KV of a session for reading: the leader has become
+    complete and goes on alone. It can be read until EndStage.
+
+    | condition                      | code      | the caller then            |
+    |--------------------------------|-----------|----------------------------|
+    | the session's KV is not here   | NOT_FOUND | computes the prefix itself |
+    """
+    EndStage: _aio.UnaryUnaryMultiCallable[_peer_pb2.EndStageRequest, _peer_pb2.EndStageResponse]  # type: ignore[assignment]
+    """EndStage frees the KV of a session. Unknown sessions succeed."""
 
 class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
     """PeerService is served by every worker, and by every agent for the copies that
@@ -276,5 +328,49 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         """ReleaseHandoff ends a lease: `taken` true, the caller owns the request and
         the giver frees it; false, the giver continues it. Unknown ids succeed.
         """
+
+    @_abc_1.abstractmethod
+    def RunStage(
+        self,
+        request: _peer_pb2.RunStageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.RunStageResponse, _abc.Awaitable[_peer_pb2.RunStageResponse]]:
+        """RunStage runs a range of layers for a request that another replica leads, on
+        the positions that it names, keeps their KV here under the session, and
+        passes the hidden states on to the next stage before it answers. The last
+        stage is the leader, with an empty range: it takes the hidden states in.
+        Activations therefore go from stage to stage and never by way of the leader.
+        Idempotent: a repeat computes and stores the same.
+
+        | condition                      | code                | the caller then          |
+        |--------------------------------|---------------------|--------------------------|
+        | a layer is not resident here   | FAILED_PRECONDITION | plans the pipeline anew  |
+        | no KV page is free             | RESOURCE_EXHAUSTED  | plans the pipeline anew  |
+        | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
+        | a later stage failed           | its code            | as for that code         |
+        | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+        """
+
+    @_abc_1.abstractmethod
+    def ReadStage(
+        self,
+        request: _peer_pb2.ReadStageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.ReadStageResponse, _abc.Awaitable[_peer_pb2.ReadStageResponse]]:
+        """ReadStage offers the KV of a session for reading: the leader has become
+        complete and goes on alone. It can be read until EndStage.
+
+        | condition                      | code      | the caller then            |
+        |--------------------------------|-----------|----------------------------|
+        | the session's KV is not here   | NOT_FOUND | computes the prefix itself |
+        """
+
+    @_abc_1.abstractmethod
+    def EndStage(
+        self,
+        request: _peer_pb2.EndStageRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.EndStageResponse, _abc.Awaitable[_peer_pb2.EndStageResponse]]:
+        """EndStage frees the KV of a session. Unknown sessions succeed."""
 
 def add_PeerServiceServicer_to_server(servicer: PeerServiceServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...
