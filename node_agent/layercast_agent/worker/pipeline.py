@@ -132,20 +132,25 @@ class Pipeline:
 
     async def _watch(self, peer: pb.Peer) -> None:
         """Learns which layers a member holds; a member that is away holds none."""
-        sizes = [self._manifest.chunk_count(segment.index) for segment in self._manifest.segments]
-        request = pb.WatchResidencyRequest(digest=self._manifest.digest)
         while True:
             try:
-                async for message in self._host.stub(peer).WatchResidency(request):
-                    for item in message.segments:
-                        complete = _ones(item.verified_chunks) == sizes[item.segment]
-                        if complete and 0 < item.segment <= self._layers:
-                            self._resident[peer.peer_id].add(item.segment - 1)
-                    self._wake.set()
+                await self._follow(peer)
             except grpc.aio.AioRpcError as error:
                 log.info("a member is not watched", extra={"peer": peer.peer_id, "reason": error.details()})
             self._resident[peer.peer_id].clear()
             await asyncio.sleep(WATCH_AGAIN_S)
+
+    async def _follow(self, peer: pb.Peer) -> None:
+        """Until the member's stream ends."""
+        request = pb.WatchResidencyRequest(digest=self._manifest.digest)
+        async for message in self._host.stub(peer).WatchResidency(request):
+            held = (item.segment - 1 for item in message.segments if self._holds_layer(item))
+            self._resident[peer.peer_id].update(held)
+            self._wake.set()
+
+    def _holds_layer(self, item: pb.SegmentResidency) -> bool:
+        complete = _ones(item.verified_chunks) == self._manifest.chunk_count(item.segment)
+        return complete and 0 < item.segment <= self._layers
 
     async def _take(self, stages: tuple[Stage, ...]) -> None:
         """Takes waiting requests into the pipeline, the earliest first."""
