@@ -70,16 +70,10 @@ def capacity(
     """
     if snapshot.unseen:
         return None
-    owner = {r.replica_id: r.model for r in snapshot.replicas()}
-    return sum(
-        1
-        for node in snapshot.present
-        for device in node.devices
-        if device.memory_bytes >= checkpoint_bytes
-        and not device.error
-        and owner.get(device.replica_id, model) == model
-        and (device.replica_id in owner or not node.facts.unwanted(selector))
-    )
+    free, held = snapshot.device_owners()
+    fits = [node for node, device in free if device.memory_bytes >= checkpoint_bytes]
+    ours = sum(1 for device in held.get(model, ()) if device.memory_bytes >= checkpoint_bytes)
+    return ours + sum(1 for node in fits if not node.facts.unwanted(selector))
 
 
 def place_replicas(
@@ -98,13 +92,13 @@ def place_replicas(
     """
     chosen: list[Place] = []
     used = set(taken)
-    while len(chosen) < count:
-        offers = _offers(snapshot, used, avoid, checkpoint_bytes, holders, selector=selector)
-        if not offers:
-            break
-        best = min(offers, key=lambda offer: offer[0])[1]
-        chosen.append(best)
-        used.add((best.node, best.device_id))
+    yards = _yards(snapshot, used, avoid, checkpoint_bytes, holders, selector=selector)
+    while len(chosen) < count and yards:
+        best = min(yards, key=_Yard.rank)
+        chosen.append(best.take())
+        used.add((best.node, chosen[-1].device_id))
+        if not best.free:
+            yards.remove(best)
     waited = [f"{place.device_id} of {place.node}, which is warming" for place in chosen if not place.ready]
     missing = f"waits for {' and '.join(waited)}" if waited else ""
     if not missing and len(chosen) < count:
@@ -113,7 +107,31 @@ def place_replicas(
     return Placements(places=ready, missing=missing, warming=len(waited))
 
 
-def _offers(
+@dataclass(slots=True, kw_only=True)
+class _Yard:
+    """What one node offers: its devices that qualify, best first as (seconds, device, idle)."""
+
+    node: str
+    way: str
+    crowd: int
+    """Devices of the node that have a replica."""
+    free: list[tuple[float, str, bool]]
+
+    def rank(self) -> tuple[float, int, str, str]:
+        """Seconds, crowding of the node, names."""
+        # Tenths of a second: a difference below that is noise, and spreading over nodes is worth more.
+        seconds, device, _ = self.free[0]
+        return (round(seconds, 1), self.crowd, self.node, device)
+
+    def take(self) -> Place:
+        """The best device, which is offered no more."""
+        seconds, device, idle = self.free.pop(0)
+        self.crowd += 1
+        why = f"parameters in about {seconds:.1f} s {self.way}"
+        return Place(node=self.node, device_id=device, predicted_s=seconds, why=why, ready=idle)
+
+
+def _yards(
     snapshot: Snapshot,
     used: Collection[tuple[str, str]],
     avoid: Collection[str],
@@ -121,30 +139,26 @@ def _offers(
     holders: Sequence[Holder],
     *,
     selector: Mapping[str, str],
-) -> list[tuple[tuple[float, int, str, str], Place]]:
-    """Every device that qualifies with its rank: seconds, crowding of its node, names."""
-    offers: list[tuple[tuple[float, int, str, str], Place]] = []
+) -> list[_Yard]:
+    """Every node with a device that qualifies."""
+    yards = []
     for node in snapshot.nodes:
         if not node.fresh or node.name in avoid or node.facts.unwanted(selector):
             continue
+        open_devices = [
+            device
+            for device in node.devices
+            if device.memory_bytes >= checkpoint_bytes
+            and (node.name, device.device_id) not in used
+            and (device.idle or device.warming)
+        ]
+        if not open_devices:
+            continue
         seconds, way = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders)
         crowd = sum(1 for d in node.devices if d.replica_id or (node.name, d.device_id) in used)
-        for device in node.devices:
-            if not (device.idle or device.warming) or (node.name, device.device_id) in used:
-                continue
-            if device.memory_bytes < checkpoint_bytes:
-                continue
-            there_s = seconds if device.idle else seconds + ASSUMED_WARMING_S
-            place = Place(
-                node=node.name,
-                device_id=device.device_id,
-                predicted_s=there_s,
-                why=f"parameters in about {there_s:.1f} s {way}",
-                ready=device.idle,
-            )
-            # Tenths of a second: a difference below that is noise, and spreading over nodes is worth more.
-            offers.append(((round(there_s, 1), crowd, node.name, device.device_id), place))
-    return offers
+        free = [(seconds + (0.0 if d.idle else ASSUMED_WARMING_S), d.device_id, d.idle) for d in open_devices]
+        yards.append(_Yard(node=node.name, way=way, crowd=crowd, free=sorted(free)))
+    return yards
 
 
 def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) -> tuple[float, str]:

@@ -39,6 +39,8 @@ ALIVE_AFTER_PASS_S = 10.0
 # A model with nothing to do has a turn at least so often: windows end, copies elsewhere come and go.
 CALM_S = 2.0
 TURNS_AT_ONCE = 20
+# A pass over many models that all need something ends here: what it was planned from grows old.
+TURNS_S = 0.3
 
 
 class Clock:
@@ -76,6 +78,9 @@ class Reconciler:
     _routes: dict[str, route_pb2.ModelRoute] = field(default_factory=dict)
     _calm: dict[str, tuple[float, object]] = field(default_factory=dict)
     """Models with nothing to do: until when, and what that was found from."""
+    _turned: set[str] = field(default_factory=set)
+    """Models that had a turn: before each had one, routes are not complete."""
+    _first: int = 0
     _passed_at: float | None = None
     _ready: bool = False
 
@@ -119,18 +124,30 @@ class Reconciler:
         )
         self._take_failures()
         taken: set[tuple[str, str]] = set()
-        for number, model in enumerate(desired.models):
-            if number % TURNS_AT_ONCE == 0:
-                await asyncio.sleep(0)  # nobody waits for hundreds of turns
-            if not self._rests(model, snapshot):
-                await self._one_model(model, desired, snapshot, taken)
+        await self._turns(desired, snapshot, taken)
         self._keep_host_copies(desired, snapshot)
         await self._others(desired, snapshot)
         known = bool(desired.agents) or (desired.complete and not desired.problem)
-        if known and not snapshot.unseen:
+        if known and not snapshot.unseen and self._turned.issuperset(names):
             await self.routes.publish(list(self._routes.values()))
             self._ready = True
         self._passed_at = self.clock()
+
+    async def _turns(self, desired: Desired, snapshot: Snapshot, taken: set[tuple[str, str]]) -> None:
+        """A turn for each model that needs one, while what was seen is still true; the next pass goes on from there."""
+        models = desired.models
+        until = self.clock() + TURNS_S
+        for number in range(len(models)):
+            if number % TURNS_AT_ONCE == 0:
+                await asyncio.sleep(0)  # nobody waits for hundreds of turns
+            if self.clock() > until:
+                self._first = (self._first + number) % len(models)
+                self.wake.set()
+                return
+            model = models[(self._first + number) % len(models)]
+            if not self._rests(model, snapshot):
+                await self._one_model(model, desired, snapshot, taken)
+            self._turned.add(model.name)
 
     def _rests(self, model: ModelService, snapshot: Snapshot) -> bool:
         """Whether its last turn found nothing to do, and nothing that it depends on is different since."""
@@ -246,6 +263,7 @@ class Reconciler:
             del self._routes[name]
             self._memories.pop(name, None)
             self._calm.pop(name, None)
+            self._turned.discard(name)
             self.metrics.forget_model(name)
             await self.cluster.forget(name)
         for name in left:

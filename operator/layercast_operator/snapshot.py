@@ -295,6 +295,7 @@ class _Index:
     all: tuple[Replica, ...] | None = None
     by_model: dict[str, tuple[Replica, ...]] | None = None
     by_digest: dict[str, tuple[Node, ...]] | None = None
+    devices: tuple[list[tuple[Node, Device]], dict[str, list[Device]]] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -337,6 +338,23 @@ class Snapshot:
                 by_model.setdefault(replica.model, []).append(replica)
             self._index.by_model = {name: tuple(each) for name, each in by_model.items()}
         return self._index.by_model.get(model, ())
+
+    def device_owners(self) -> tuple[list[tuple[Node, Device]], dict[str, list[Device]]]:
+        """Sound devices of nodes that are not lost: those without a replica that we know, and the others by model."""
+        if self._index.devices is None:
+            owner = {replica.replica_id: replica.model for replica in self.replicas()}
+            free: list[tuple[Node, Device]] = []
+            held: dict[str, list[Device]] = {}
+            for node in self.present:
+                for device in node.devices:
+                    if device.error:
+                        continue
+                    if device.replica_id in owner:
+                        held.setdefault(owner[device.replica_id], []).append(device)
+                    else:
+                        free.append((node, device))
+            self._index.devices = (free, held)
+        return self._index.devices
 
     def holding(self, digest: str) -> tuple[Node, ...]:
         """Nodes that have anything of a checkpoint, in their order: a replica, or a copy."""
