@@ -98,6 +98,8 @@ class _Line:
     address: str
     channel: grpc.aio.Channel
     stub: agent_pb2_grpc.AgentServiceAsyncStub
+    told: tuple[pb.GetStatusResponse, Node] | None = None
+    """The last answer, and what was read in it."""
 
 
 class AgentCalls:
@@ -127,8 +129,15 @@ class AgentCalls:
 
     async def get_status(self, node: str, *, polled_at: float, deadline_s: float) -> Node:
         """What the agent of `node` tells. Raises AgentCallError."""
-        call = self._line(node).stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s)
-        return node_of(await _answer(node, call), name=node, polled_at=polled_at)
+        line = self._line(node)
+        answer = await _answer(node, line.stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s))
+        if line.told is not None and line.told[0] == answer:
+            # Most answers of a calm cluster are the one before; comparing is cheaper than reading.
+            told = dataclasses.replace(line.told[1], polled_at=polled_at)
+        else:
+            told = node_of(answer, name=node, polled_at=polled_at)
+        line.told = (answer, told)
+        return told
 
     async def carry_out(self, action: Action) -> None:
         """One command. Raises AgentCallError."""

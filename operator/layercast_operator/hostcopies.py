@@ -134,22 +134,19 @@ def _merged(deployed: Sequence[Deployed]) -> list[Deployed]:
 
 
 def _where(snapshot: Snapshot, digest: str, leaving: Collection[str]) -> _Where:
-    copies = [
-        (node, copy)
-        for node in snapshot.present
-        if (copy := node.host_copy(digest)) is not None and copy.there
-    ]
-    going = {node.name for node in snapshot.nodes if node.facts.leaving}
+    nodes = [node for node in snapshot.holding(digest) if not node.lost]
+    copies = [(node, copy) for node in nodes if (copy := node.host_copy(digest)) is not None and copy.there]
+    found = [(r, node) for node in nodes for r in node.replicas if r.digest == digest]
+    found.sort(key=lambda pair: pair[0].replica_id)
     staying = [
-        replica.node
-        for replica in snapshot.replicas()
-        if replica.digest == digest
-        and replica.complete
+        node.name
+        for replica, node in found
+        if replica.complete
         and replica.state is ReplicaState.SERVING
         and replica.replica_id not in leaving
-        and replica.node not in going
+        and not node.facts.leaving
     ]
-    arriving = tuple(r.node for r in snapshot.replicas() if r.digest == digest and r.arriving)
+    arriving = tuple(node.name for replica, node in found if replica.arriving)
     return _Where(copies=tuple(copies), staying=tuple(staying), arriving=arriving)
 
 

@@ -27,7 +27,7 @@ _LOG = logging.getLogger(__name__)
 SCRAPE_BYTES_MAX = 8 << 20
 DEMAND_ONLY = [("name[]", name) for name in NAMES]
 SOON_S = 0.02
-# All nodes together are asked at most so often a second; a node where something moves is asked every `poll_s`.
+# Calm nodes together are asked at most so often a second, and so are those where something moves.
 POLLS_PER_S = 150.0
 
 
@@ -74,6 +74,7 @@ class Observer:
     _watches: dict[str, _Watch] = field(default_factory=dict)
     _scrapes: dict[str, _Scrape] = field(default_factory=dict)
     _session: aiohttp.ClientSession | None = None
+    _moving: int = 0
     _facts: Mapping[str, NodeFacts] = field(default_factory=dict)
 
     async def set_cluster(
@@ -111,6 +112,7 @@ class Observer:
                 nodes.append(replace(watch.node, health=health, facts=facts))
             elif health is not NodeHealth.LOST:
                 unseen.append(name)
+        self._moving = sum(1 for node in nodes if _moves(node))
         readings = {gateway: scrape.reading for gateway, scrape in self._scrapes.items()}
         models = tuple(models)
         demand, problem = demand_of(readings, models=models, now=now, age_max_s=self.limits.demand_age_max_s)
@@ -180,8 +182,8 @@ class Observer:
             return poll_s
         if any(not r.peer.address for r in watch.node.replicas if r.active):
             return min(poll_s, SOON_S)
-        moves = any(r.state is not ReplicaState.SERVING for r in watch.node.replicas)
-        return poll_s if moves else max(poll_s, len(self._watches) / POLLS_PER_S)
+        alike = self._moving if _moves(watch.node) else len(self._watches)
+        return max(poll_s, alike / POLLS_PER_S)
 
     async def _poll(self, name: str, watch: _Watch) -> None:
         asked_at = self.clock()
@@ -227,6 +229,11 @@ class Observer:
             self.metrics.scrape_failures.labels(gateway).inc()
             _LOG.debug("a gateway was not scraped", extra={"gateway": gateway, "problem": repr(error)})
             return None
+
+
+def _moves(node: Node) -> bool:
+    """Something there is about to change."""
+    return any(replica.state is not ReplicaState.SERVING for replica in node.replicas)
 
 
 def _gist(node: Node) -> object:

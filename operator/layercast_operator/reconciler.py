@@ -11,7 +11,7 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from layercast.route.v1alpha1 import route_pb2
@@ -38,7 +38,9 @@ _BASE36 = "0123456789abcdefghijklmnopqrstuvwxyz"
 ALIVE_AFTER_PASS_S = 10.0
 # A model with nothing to do has a turn at least so often: windows end, copies elsewhere come and go.
 CALM_S = 2.0
+CALM_EACH_S = 0.02
 TURNS_AT_ONCE = 20
+COPIES_REST = 10
 # A pass over many models that all need something ends here: what it was planned from grows old.
 TURNS_S = 0.3
 
@@ -76,11 +78,11 @@ class Reconciler:
     _memories: dict[str, ModelMemory] = field(default_factory=dict)
     _invalid: dict[str, dict[str, ConditionMemory]] = field(default_factory=dict)
     _routes: dict[str, route_pb2.ModelRoute] = field(default_factory=dict)
-    _calm: dict[str, tuple[float, object]] = field(default_factory=dict)
-    """Models with nothing to do: until when, and what that was found from."""
-    _turned: set[str] = field(default_factory=set)
-    """Models that had a turn: before each had one, routes are not complete."""
-    _first: int = 0
+    _calm: dict[str, object] = field(default_factory=dict)
+    """Models with nothing to do, and what that was found from."""
+    _turned: dict[str, float] = field(default_factory=dict)
+    """When each model had its last turn: before each had one, routes are not complete."""
+    _copies_after: float = 0.0
     _passed_at: float | None = None
     _ready: bool = False
 
@@ -125,34 +127,44 @@ class Reconciler:
         self._take_failures()
         taken: set[tuple[str, str]] = set()
         await self._turns(desired, snapshot, taken)
-        self._keep_host_copies(desired, snapshot)
+        if snapshot.at >= self._copies_after:
+            begun_at = self.clock()
+            self._keep_host_copies(desired, snapshot)
+            # One decision for all models: with hundreds it is not for every pass.
+            self._copies_after = snapshot.at + COPIES_REST * (self.clock() - begun_at)
         await self._others(desired, snapshot)
         known = bool(desired.agents) or (desired.complete and not desired.problem)
-        if known and not snapshot.unseen and self._turned.issuperset(names):
+        if known and not snapshot.unseen and self._turned.keys() >= set(names):
             await self.routes.publish(list(self._routes.values()))
             self._ready = True
         self._passed_at = self.clock()
 
     async def _turns(self, desired: Desired, snapshot: Snapshot, taken: set[tuple[str, str]]) -> None:
         """A turn for each model that needs one, while what was seen is still true; the next pass goes on from there."""
-        models = desired.models
-        until = self.clock() + TURNS_S
-        for number in range(len(models)):
+        due = self._due(desired.models, snapshot)
+        spent_s = 0.0
+        for number, model in enumerate(due):
             if number % TURNS_AT_ONCE == 0:
                 await asyncio.sleep(0)  # nobody waits for hundreds of turns
-            if self.clock() > until:
-                self._first = (self._first + number) % len(models)
+            begun_at = self.clock()
+            await self._one_model(model, desired, snapshot, taken)
+            self._turned[model.name] = snapshot.at
+            spent_s += self.clock() - begun_at
+            if spent_s > TURNS_S and number + 1 < len(due):
                 self.wake.set()
                 return
-            model = models[(self._first + number) % len(models)]
-            if not self._rests(model, snapshot):
-                await self._one_model(model, desired, snapshot, taken)
-            self._turned.add(model.name)
 
-    def _rests(self, model: ModelService, snapshot: Snapshot) -> bool:
-        """Whether its last turn found nothing to do, and nothing that it depends on is different since."""
-        calm = self._calm.get(model.name)
-        return calm is not None and snapshot.at < calm[0] and calm[1] == gist_of(model, snapshot)
+    def _due(self, models: Sequence[ModelService], snapshot: Snapshot) -> list[ModelService]:
+        """Who needs a turn: those for whom something is different first, and of these who waited longest."""
+        calm_s = max(CALM_S, CALM_EACH_S * len(models))
+        found: list[tuple[bool, float, ModelService]] = []
+        for model in models:
+            at, gist = self._turned.get(model.name, 0.0), self._calm.get(model.name)
+            same = gist is not None and gist == gist_of(model, snapshot)
+            if not same or snapshot.at - at > calm_s:
+                found.append((same, at, model))
+        found.sort(key=lambda each: each[:2])
+        return [model for *_, model in found]
 
     def _take_failures(self) -> None:
         for failure in self.executor.take_failures():
@@ -211,10 +223,7 @@ class Reconciler:
         )
         self._calm.pop(name, None)
         if is_calm(turn, replicas):
-            self._calm[name] = (
-                snapshot.at + CALM_S * (0.5 + secrets.randbelow(50) / 100),
-                gist_of(model, snapshot),
-            )
+            self._calm[name] = gist_of(model, snapshot)
         self.metrics.show_model(told.status, replicas)
         await self.cluster.write_status(name, told.status)
 
@@ -263,7 +272,7 @@ class Reconciler:
             del self._routes[name]
             self._memories.pop(name, None)
             self._calm.pop(name, None)
-            self._turned.discard(name)
+            self._turned.pop(name, None)
             self.metrics.forget_model(name)
             await self.cluster.forget(name)
         for name in left:

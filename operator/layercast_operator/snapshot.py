@@ -345,14 +345,12 @@ class Snapshot:
             owner = {replica.replica_id: replica.model for replica in self.replicas()}
             free: list[tuple[Node, Device]] = []
             held: dict[str, list[Device]] = {}
-            for node in self.present:
-                for device in node.devices:
-                    if device.error:
-                        continue
-                    if device.replica_id in owner:
-                        held.setdefault(owner[device.replica_id], []).append(device)
-                    else:
-                        free.append((node, device))
+            sound = ((node, d) for node in self.present for d in node.devices if not d.error)
+            for node, device in sound:
+                if device.replica_id in owner:
+                    held.setdefault(owner[device.replica_id], []).append(device)
+                else:
+                    free.append((node, device))
             self._index.devices = (free, held)
         return self._index.devices
 
