@@ -379,6 +379,7 @@ def _same(known: _Assignment, request: pb.StartReplicaRequest) -> bool:
         and first.context_length_max == request.context_length_max
         and first.batch_size_max == request.batch_size_max
         and first.engine == request.engine
+        and first.prefix_caching_off == request.prefix_caching_off
         and request.device_id in ("", known.worker.slot.device_id)
     )
 

@@ -38,6 +38,7 @@ class StartReplica:
     batch_size_max: int
     engine: str
     """Block implementation asked for."""
+    prefix_caching: bool
     manifest_peer: PeerRef | None
     """Where the manifest is; None when the node's own disk has it."""
     why: str

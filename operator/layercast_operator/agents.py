@@ -206,6 +206,7 @@ def _start(action: StartReplica) -> pb.StartReplicaRequest:
         context_length_max=action.context_length_max,
         batch_size_max=action.batch_size_max,
         engine=action.engine,
+        prefix_caching_off=not action.prefix_caching,
         device_id=action.device_id,
     )
 

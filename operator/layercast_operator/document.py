@@ -107,6 +107,15 @@ class Section:
             raise self.wrong(field, f"is {value:g}, must be at most {most:g}")
         return float(value)
 
+    def boolean(self, field: str, *, default: bool) -> bool:
+        """A yes or no."""
+        value = self._get(field)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            raise self.wrong(field, f"must be true or false, not {kind_of(value)}")
+        return value
+
     def done(self) -> None:
         """Refuse what was not read: a typing error must not silently mean the default."""
         for field in self._value:

@@ -115,6 +115,7 @@ class ModelService:
     batch_size: int
     drain_grace_s: float
     engine: str = "auto"
+    prefix_caching: bool = True
     """Block implementation: one of ENGINES."""
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels that a node must have to take its replicas; empty means any node."""
@@ -179,12 +180,13 @@ def _spec(spec: Section, name: str) -> ModelService:
     replicas = spec.integer("replicas", 1, least=0)
     scaling_section = spec.section("scaling")
     scaling = None if scaling_section is None else _scaling(scaling_section)
-    context_length, batch_size, engine, grace_s = 0, 16, "auto", 20.0
+    context_length, batch_size, engine, prefix_caching, grace_s = 0, 16, "auto", True, 20.0
     serving = spec.section("serving")
     if serving is not None:
         context_length = serving.integer("contextLength", 0, least=0)
         batch_size = serving.integer("batchSize", 16, least=1)
         engine = serving.choice("engine", ENGINES, "auto")
+        prefix_caching = serving.boolean("prefixCaching", default=True)
         serving.done()
     drain = spec.section("drain")
     if drain is not None:
@@ -211,6 +213,7 @@ def _spec(spec: Section, name: str) -> ModelService:
         context_length=context_length,
         batch_size=batch_size,
         engine=engine,
+        prefix_caching=prefix_caching,
         drain_grace_s=grace_s,
         node_selector=node_selector,
     )

@@ -308,6 +308,7 @@ def _grow(
             context_length_max=context_length(given.model, resolved),
             batch_size_max=given.model.batch_size,
             engine=given.model.engine,
+            prefix_caching=given.model.prefix_caching,
             manifest_peer=_manifest_peer(place.node, holders),
             why=f"{len(stays)} of {given.target} replicas are there or on their way; {place.why}",
         )

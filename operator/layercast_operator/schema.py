@@ -28,6 +28,11 @@ def text(text: str, **more: Any) -> Schema:
     return {"type": "string", "description": text, **more}
 
 
+def boolean(text: str, **more: Any) -> Schema:
+    """Yes or no."""
+    return {"type": "boolean", "description": text, **more}
+
+
 def int32(text: str, **more: Any) -> Schema:
     """A whole number of 32 bits."""
     return {"type": "integer", "format": "int32", "description": text, **more}

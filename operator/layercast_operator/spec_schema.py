@@ -6,7 +6,7 @@ A person reads this through `kubectl explain`, so a description says what happen
 from __future__ import annotations
 
 from layercast_operator.modelservice import DTYPES, ENGINES, ScalePolicy, ScalingMode
-from layercast_operator.schema import Schema, band, int32, mapping, number, rule, text
+from layercast_operator.schema import Schema, band, boolean, int32, mapping, number, rule, text
 
 
 def _model() -> Schema:
@@ -169,6 +169,11 @@ def spec() -> Schema:
                         "family. auto takes fast where it can run the model. Replicas that are there keep theirs.",
                         default="auto",
                         enum=list(ENGINES),
+                    ),
+                    "prefixCaching": boolean(
+                        "Whether a prompt that begins like an earlier one takes over what is in the KV pages. "
+                        "Replicas that are there keep theirs.",
+                        default=True,
                     ),
                 },
             ),

@@ -64,6 +64,7 @@ def start(name: str = "m-000001") -> StartReplica:
         context_length_max=8,
         batch_size_max=1,
         engine="auto",
+        prefix_caching=True,
         manifest_peer=PeerRef(peer_id="p", address="p:1", data_address="p:2"),
         why="a test",
     )

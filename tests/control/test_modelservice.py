@@ -30,7 +30,7 @@ spec:
     policy: live
     targets: {queueSeconds: {low: 0.5, high: 0.7}, kvUtilization: {low: 0.75, high: 0.95}, prefillTokensPerSecond: 0}
     windows: {scaleDownSeconds: 10}
-  serving: {contextLength: 2048, batchSize: 16, engine: generic}
+  serving: {contextLength: 2048, batchSize: 16, engine: generic, prefixCaching: false}
   drain: {graceSeconds: 20}
 """
 
@@ -42,7 +42,7 @@ def parse(text: str) -> ModelService:
 def test_the_documented_sample() -> None:
     got = parse(SAMPLE)
     assert (got.name, got.replicas, got.context_length, got.batch_size) == ("smollm2", 1, 2048, 16)
-    assert (got.engine, got.drain_grace_s) == ("generic", 20.0)
+    assert (got.engine, got.prefix_caching, got.drain_grace_s) == ("generic", False, 20.0)
     assert got.model.key == "file:///abs/path@default+float32"
     assert got.scaling is not None
     assert (got.scaling.replicas_min, got.scaling.replicas_max) == (1, 3)
@@ -58,6 +58,7 @@ def test_the_least_that_is_needed() -> None:
         " spec: {model: {source: 'hf://org/name'}}}"
     )
     assert (got.replicas, got.scaling, got.context_length, got.policy) == (1, None, 0, ScalePolicy.LIVE)
+    assert got.prefix_caching
     assert got.model.key == "hf://org/name@default+own"
 
 
@@ -71,6 +72,11 @@ def test_the_least_that_is_needed() -> None:
         ("    max: 3\n", "", "spec.scaling.max: is required"),
         ("mode: Auto", "mode: auto", "must be one of 'Auto', 'Recommend'; did you mean 'Auto'?"),
         ("policy: live", "policy: zigzag", "spec.scaling.policy: is 'zigzag', must be one of"),
+        (
+            "prefixCaching: false",
+            "prefixCaching: 0",
+            "spec.serving.prefixCaching: must be true or false, not a number",
+        ),
         ("engine: generic", "engine: fats", "spec.serving.engine: is 'fats', must be one of"),
         ("replicas: 1", "replicas: true", "spec.replicas: must be a whole number, not true or false"),
         ("replicas: 1", "replicas: 1.5", "spec.replicas: must be a whole number, not a number"),
@@ -124,6 +130,7 @@ values = st.recursive(
             ("spec", "scaling", "targets"),
             ("spec", "scaling", "min"),
             ("spec", "serving", "batchSize"),
+            ("spec", "serving", "prefixCaching"),
             ("spec", "drain", "graceSeconds"),
         ]
     ),

@@ -229,7 +229,7 @@ class Tiny:
         return Engine(
             model=self.model,
             kv=KVCache(self.model.shape, pages, page_size=page_size, device=CPU),
-            limits=EngineLimits(**values | limits),
+            limits=EngineLimits(**values | limits, prefix_caching=True),
         )
 
 

@@ -34,13 +34,15 @@ def make(name: str, *, prompt: int, output: int, arrived_at: float = 0.0, replay
     )
 
 
-def scheduler(*, pages: int = 12, page_size: int = 4, **limits: int) -> Scheduler:
+def scheduler(
+    *, pages: int = 12, page_size: int = 4, prefix_caching: bool = True, **limits: int
+) -> Scheduler:
     values = {"batch_size_max": 3, "step_tokens_max": 7, "waiting_max": 100, "context_length_max": CONTEXT}
     return Scheduler(
         pages=PageAllocator(pages),
         page_size=page_size,
         layers=LAYERS,
-        limits=EngineLimits(**values | limits),
+        limits=EngineLimits(**values | limits, prefix_caching=prefix_caching),
     )
 
 
@@ -282,3 +284,14 @@ def test_the_cache_makes_room_for_the_least_recently_used_last_page() -> None:
     assert allocator.allocate(1) == [old[1]]
     assert allocator.find([b"a", b"ab"]) == [old[0]]
     assert allocator.find([b"x", b"xy"]) == new
+
+
+@pytest.mark.parametrize(("prefix_caching", "hit"), [(True, 4), (False, 0)])
+def test_equal_beginnings_are_shared_unless_that_is_off(prefix_caching: bool, hit: int) -> None:
+    subject = scheduler(prefix_caching=prefix_caching)
+    run = Simulation(subject)
+    for name in ("a", "b"):
+        subject.add(make(name, prompt=7, output=1))
+        while name not in run.finished:
+            run.step()
+    assert subject.counts.prefix_tokens_hit == hit

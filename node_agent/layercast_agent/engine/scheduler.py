@@ -30,12 +30,14 @@ class EngineLimits:
 
     `batch_size_max`: requests that run at once. `step_tokens_max`: tokens that one step computes, over all
     requests. `waiting_max`: requests that wait. `context_length_max`: tokens of a prompt and its output.
+    `prefix_caching`: whether requests share pages of equal beginnings.
     """
 
     batch_size_max: int
     step_tokens_max: int
     waiting_max: int
     context_length_max: int
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         if min(self.batch_size_max, self.step_tokens_max, self.waiting_max, self.context_length_max) < 1:
@@ -192,7 +194,7 @@ class Scheduler:
         if work.completes_prefix:
             seq.hidden = None
             seq.layers_done = 0
-        full = seq.computed // self._page_size
+        full = seq.computed // self._page_size if self.limits.prefix_caching else 0
         for index in range(seq.pages_shareable, full):
             self.pages.remember(seq.pages[index], self._keys.of(seq, full)[index])
         seq.pages_shareable = full

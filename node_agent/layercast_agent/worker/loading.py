@@ -119,6 +119,7 @@ def build(
             step_tokens_max=STEP_TOKENS_MAX[host.device.type],
             waiting_max=REQUESTS_WAITING_MAX,
             context_length_max=context_length_max,
+            prefix_caching=not spec.prefix_caching_off,
         ),
         key=manifest.digest,
         guides=Guides(files=files, vocab_size=shape.vocab_size),

@@ -850,6 +850,7 @@ class StartReplicaRequest(_message.Message):
     BATCH_SIZE_MAX_FIELD_NUMBER: _builtins.int
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    PREFIX_CACHING_OFF_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Chosen by the caller."""
     model: _builtins.str
@@ -866,6 +867,10 @@ class StartReplicaRequest(_message.Message):
     """Block implementation: "generic" or "fast"; empty or "auto" takes the best
     that can run the model. INVALID_ARGUMENT when it cannot.
     """
+    prefix_caching_off: _builtins.bool
+    """Compute every prompt whole, whatever requests before it have left in the
+    KV pages.
+    """
     @_builtins.property
     def manifest_peer(self) -> _peer_pb2.Peer:
         """Where the manifest is when this node's disk does not hold it."""
@@ -881,10 +886,11 @@ class StartReplicaRequest(_message.Message):
         batch_size_max: _builtins.int = ...,
         device_id: _builtins.str = ...,
         engine: _builtins.str = ...,
+        prefix_caching_off: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest_peer", b"manifest_peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "engine", b"engine", "manifest_peer", b"manifest_peer", "model", b"model", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "engine", b"engine", "manifest_peer", b"manifest_peer", "model", b"model", "prefix_caching_off", b"prefix_caching_off", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
