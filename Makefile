@@ -69,8 +69,8 @@ test-rdma: $(STAMP) ## Run a chain over real RDMA verbs, in the virtual machine 
 	@test -n "$${RDMA_VM:-}" || { echo "NOT RUN: set RDMA_VM to a program that boots a machine with soft-RoCE." >&2; exit 2; }
 	@"$$RDMA_VM" run tests/rdma/guest.sh "$(CURDIR)/$(BIN)/python"
 
-.PHONY: check check-style check-types check-imports check-proto check-generated check-chart check-tidy
-check: check-style check-types check-imports check-proto check-generated check-chart check-tidy ## Lint, types, import contracts, protos, house rules
+.PHONY: check check-style check-types check-imports check-proto check-generated check-chart check-security check-tidy
+check: check-style check-types check-imports check-proto check-generated check-chart check-security check-tidy ## Lint, types, import contracts, protos, house rules
 	@echo "All checks pass."
 
 check-style: $(STAMP)
@@ -92,6 +92,16 @@ check-generated: $(STAMP)
 check-chart: $(STAMP)
 	$(call quietly,dashboards,$(BIN)/python tools/dashboards.py --check)
 	$(call quietly,chart and manifests,$(BIN)/python tools/chart.py check)
+
+# It pins a hundred libraries of its own, so it has an environment of its own, once a machine.
+CHECKOV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/layercast/checkov-3.3.30
+
+$(CHECKOV)/bin/checkov:
+	@$(PYTHON) -m venv $(CHECKOV)
+	@$(CHECKOV)/bin/python -m pip install -qq --disable-pip-version-check checkov==3.3.30 || { rm -rf $(CHECKOV); exit 1; }
+
+check-security: $(STAMP) $(CHECKOV)/bin/checkov
+	$(call quietly,checkov,$(BIN)/python tools/checkov.py $(CHECKOV)/bin/checkov "$$($(BIN)/python tools/chart.py helm)")
 
 check-tidy: $(STAMP)
 	$(call quietly,house rules,$(BIN)/python -m pytest -q tests/test_tidy.py tests/test_imports.py tests/test_docs.py)
