@@ -38,14 +38,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="Look at ModelServices; other flags are kubectl's.",
         epilog=__doc__,
     )
-    parser.add_argument("command", choices=("explain", "timeline", "get"))
+    parser.add_argument("command", choices=("explain", "timeline", "get", "doctor"))
     parser.add_argument(
         "name", nargs="?", help="a ModelService; all of the namespace where it may be left out"
     )
     parser.add_argument("-o", "--output", choices=("", "wide", "json"), default="")
     parser.add_argument("--all", action="store_true", help="timeline: every scale-up that is known")
+    parser.add_argument("-n", "--namespace", default="")
     flags, passed = parser.parse_known_args(arguments)
     try:
+        if flags.command == "doctor":
+            return doctor(namespace=flags.namespace, passed=passed)
+        passed = [*(("-n", flags.namespace) if flags.namespace else ()), *passed]
         print(show(flags.command, flags.name, output=flags.output, every=flags.all, passed=passed))
     except CliError as error:
         print(f"kubectl layercast {flags.command}: {error}", file=sys.stderr)
@@ -73,17 +77,38 @@ def show(command: str, name: str | None, *, output: str, every: bool, passed: Se
 
 def fetch(name: str | None, passed: Sequence[str]) -> list[Mapping[str, Any]]:
     """The objects, as kubectl tells them."""
-    command = ["kubectl", "get", KIND, *([name] if name is not None else []), "-o", "json", *passed]
+    found = json.loads(run_kubectl("get", KIND, *([name] if name is not None else []), "-o", "json", *passed))
+    return list(found["items"]) if found.get("kind", "").endswith("List") else [found]
+
+
+def run_kubectl(*arguments: str, given: str | None = None) -> str:
+    """What kubectl says. CliError when it fails."""
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=DEADLINE_S, check=False)
+        answer = subprocess.run(
+            ["kubectl", *arguments],
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=DEADLINE_S,
+            check=False,
+        )
     except FileNotFoundError:
         raise CliError("kubectl is not on the path") from None
     except subprocess.TimeoutExpired:
         raise CliError(f"kubectl did not answer in {DEADLINE_S:g} s") from None
     if answer.returncode:
         raise CliError(answer.stderr.strip() or f"kubectl ended with {answer.returncode}")
-    found = json.loads(answer.stdout)
-    return list(found["items"]) if found.get("kind", "").endswith("List") else [found]
+    return answer.stdout
+
+
+def doctor(*, namespace: str, passed: Sequence[str] = ()) -> int:
+    """Print the examination of an installation; 1 when something is not well. CliError when none can be made."""
+    from layercast_cli.doctor import examine, text_of
+    from layercast_cli.installation import look
+
+    lines = examine(look(namespace=namespace, passed=passed))
+    print(text_of(lines))
+    return 1 if any(line.well is False for line in lines) else 0
 
 
 def _get(items: Sequence[Mapping[str, Any]], output: str) -> str:

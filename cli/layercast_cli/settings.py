@@ -25,6 +25,7 @@ EPILOG = """first steps:
   layercast scale smollm2 3                    ask for three replicas
   layercast explain smollm2                    why it is as it is
   layercast timeline smollm2                   how the last scale-up went
+  layercast doctor                             examine an installation on Kubernetes
 """
 
 
@@ -228,6 +229,13 @@ def _add_views(commands: Any) -> None:
     timeline = commands.add_parser("timeline", help="draw how the last scale-up went")
     timeline.add_argument("name", metavar="NAME")
     timeline.add_argument("--all", action="store_true", help="every change that is still known")
+    doctor = commands.add_parser(
+        "doctor",
+        help="examine an installation on Kubernetes, and say what to do",
+        description="Examines an installation on Kubernetes through kubectl: definition, rights, pods, agents, "
+        "certificates, Prometheus, services. Ends with 1 when something is not well.",
+    )
+    doctor.add_argument("-n", "--namespace", default="", help="of the installation; else it is looked for")
     for view in (get, scale, explain, timeline):
         _state_dir(view)
 
