@@ -14,6 +14,7 @@ from layercast_operator.explanation import explanation
 from layercast_operator.feeding import holders_of
 from layercast_operator.history import rfc3339, scale_json
 from layercast_operator.lastcopies import disk_will_do
+from layercast_operator.listing import host_copies, listed_replica
 from layercast_operator.modelservice import ModelService
 from layercast_operator.multicast import HolderKind
 from layercast_operator.policy import Rule, counted
@@ -83,7 +84,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
         },
         "selector": selector(model.name),
         "conditions": _condition_list(conditions, memory.conditions, model.generation),
-        "replicas": [_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
+        "replicas": [listed_replica(r, sources) for r in replicas[:REPLICAS_LISTED_MAX]],
         "hostCopies": host_copies(snapshot, memory),
         "lastScale": scales[-1] if scales else None,
         "scales": scales,
@@ -154,6 +155,7 @@ def _conditions(model: ModelService, snapshot: Snapshot, turn: Turn, counts: _Co
         weights,
         resolved,
         _metrics_available(model, snapshot),
+        _gpu_available(turn, counts),
         _host_copy(snapshot, turn),
         _scaling_limited(turn),
     ]
@@ -269,6 +271,18 @@ def _metrics_available(model: ModelService, snapshot: Snapshot) -> Condition:
     return Condition(type="MetricsAvailable", status="True", reason="Fresh", message=message)
 
 
+def _gpu_available(turn: Turn, counts: _Counts) -> Condition:
+    """Whether there are devices for what is wanted, those that are in use for it included."""
+    room = turn.given.capacity
+    if room is None:
+        message = "not every node has answered yet"
+        return Condition(type="GPUAvailable", status="Unknown", reason="NodesUnseen", message=message)
+    message = f"{counted(counts.desired, 'replica')} wanted, {counted(room, 'device')} can hold one each"
+    if room >= counts.desired:
+        return Condition(type="GPUAvailable", status="True", reason="EnoughDevices", message=message)
+    return Condition(type="GPUAvailable", status="False", reason="TooFewDevices", message=message)
+
+
 def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:
     resolved = turn.memory.resolved
     if resolved is None:
@@ -296,30 +310,6 @@ def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:
         "Filling" if filling else "DiskIsLastResort" if only_disk else "ElsewhereOnly" if told else "NoCopy"
     )
     return Condition(type="HostCopyAvailable", status="False", reason=reason, message=message)
-
-
-def host_copies(snapshot: Snapshot, memory: ModelMemory) -> list[dict[str, Any]]:
-    """The copies of a model's checkpoint in host memory, one entry a node."""
-    digest = memory.resolved.digest if memory.resolved is not None else ""
-    listed = []
-    for node in snapshot.present:
-        copy = node.host_copy(digest)
-        if copy is None:
-            continue
-        transfer = copy.transfer
-        listed.append(
-            {
-                "node": node.name,
-                "state": copy.state.value,
-                "source": transfer.upstream if transfer is not None else "",
-                "bytesPerSecond": transfer.bytes_per_s if transfer is not None else 0,
-                "doneBytes": transfer.done_bytes if transfer is not None else 0,
-                "totalBytes": copy.total_bytes,
-                "followers": copy.followers,
-                "error": copy.error,
-            }
-        )
-    return listed
 
 
 def _scaling_limited(turn: Turn) -> Condition:
@@ -361,28 +351,3 @@ def _condition_list(
         }
         for c in conditions
     ]
-
-
-def _replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, Any]:
-    """One entry of `replicas`. A replica that is complete has no upstream any more: then the one it had."""
-    transfer = replica.transfer
-    upstream = transfer.upstream if transfer is not None else ""
-    return {
-        "replicaId": replica.replica_id,
-        "node": replica.node,
-        "device": replica.device_id,
-        "state": replica.state.value,
-        "layersResident": replica.layers_resident,
-        "layersTotal": replica.layers_total,
-        "source": upstream or sources.get(replica.replica_id, ""),
-        "bytesPerSecond": transfer.bytes_per_s if transfer is not None else 0,
-        "doneBytes": transfer.done_bytes if transfer is not None else 0,
-        "totalBytes": transfer.total_bytes if transfer is not None else 0,
-        "requestsWaiting": replica.requests_waiting,
-        "requestsRunning": replica.requests_running,
-        "prefillTokensPerSecond": replica.prefill_tokens_per_s,
-        "handoffsGiven": replica.handoffs_given,
-        "handoffsTaken": replica.handoffs_taken,
-        "engine": replica.engine,
-        "error": replica.error,
-    }

@@ -23,6 +23,7 @@ TYPES = [
     "WeightsLoaded",
     "ModelResolved",
     "MetricsAvailable",
+    "GPUAvailable",
     "HostCopyAvailable",
     "ScalingLimited",
 ]
@@ -98,6 +99,7 @@ def test_from_nothing_to_serving(worlds: Any) -> None:
         "WeightsLoaded": ("True", "Loaded"),
         "ModelResolved": ("True", "Resolved"),
         "MetricsAvailable": ("True", "Fresh"),
+        "GPUAvailable": ("True", "EnoughDevices"),
         "HostCopyAvailable": ("False", "ElsewhereOnly"),
         "ScalingLimited": ("False", "WithinLimits"),
     }
@@ -190,6 +192,8 @@ def test_limits_are_told(worlds: Any) -> None:
     got = told(p)
     assert conditions(got)["ScalingLimited"] == ("True", "TooFewDevices")
     assert message(got, "ScalingLimited") == "5 replicas are wanted, 2 devices can hold one each"
+    assert conditions(got)["GPUAvailable"] == ("False", "TooFewDevices")
+    assert message(got, "GPUAvailable") == "5 replicas wanted, 2 devices can hold one each"
     assert got.status["counts"] == {"desired": 5, "serving": 2, "loading": 0, "draining": 0, "active": 2}
     bounded = pilot(worlds, worlds.service(replicas=5, scaling=worlds.scaling(1, 3)))
     assert conditions(told(bounded))["ScalingLimited"] == ("True", "OutOfBounds")
