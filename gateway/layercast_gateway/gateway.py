@@ -37,7 +37,9 @@ class Gateway:
         # Unique for the life of this process: a worker tells its gateways apart by it.
         self._gateway_id = f"{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex[:12]}"
         metrics = Metrics()
-        self._tls = Tls(Path(settings.tls_dir)) if settings.tls_dir else None
+        tls = self._tls = Tls(Path(settings.tls_dir)) if settings.tls_dir else None
+        if tls is not None:
+            metrics.watch_certificate(lambda: tls.expires_at)
         self.dispatcher = Dispatcher(
             settings=settings, gateway_id=self._gateway_id, metrics=metrics, tls=self._tls
         )

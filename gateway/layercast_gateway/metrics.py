@@ -6,7 +6,7 @@ series means unknown, which is not the same as no demand.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -98,6 +98,16 @@ class Metrics:
         self._demand_only = CollectorRegistry()
         for gauge in gauges:
             self._demand_only.register(gauge)
+
+    def watch_certificate(self, expires_at: Callable[[], float]) -> None:
+        """Tell when our certificate ends; all processes tell it by one name, each with its role."""
+        gauge = Gauge(
+            "layercast_certificate_expiry_timestamp_seconds",
+            "When the certificate of this process ends.",
+            ("role",),
+            registry=self.registry,
+        )
+        gauge.labels("gateway").set_function(expires_at)
 
     def add_model(self, model: str) -> None:
         """Creates the series of a model."""

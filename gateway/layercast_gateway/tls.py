@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 
 from layercast_gateway.errors import SettingsError
 
@@ -33,6 +34,7 @@ class _Loaded:
     authority: bytes
     certificate: bytes
     key: bytes
+    expires_at: float
 
 
 class Tls:
@@ -51,6 +53,11 @@ class Tls:
     def version(self) -> object:
         """Another one after each renewal."""
         return self._newest().stamp
+
+    @property
+    def expires_at(self) -> float:
+        """When the certificate ends, in unix seconds."""
+        return self._newest().expires_at
 
     def channel(
         self, address: str, *, role: str, options: Sequence[tuple[str, Any]] = ()
@@ -87,6 +94,9 @@ class Tls:
             authority=authority.read_bytes(),
             certificate=certificate.read_bytes(),
             key=key.read_bytes(),
+            expires_at=x509.load_pem_x509_certificate(
+                certificate.read_bytes()
+            ).not_valid_after_utc.timestamp(),
         )
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from layercast_agent import logs
+from layercast_agent.leaving import leave
 from layercast_agent.node import running
 from layercast_agent.rdma import Rdma
 from layercast_agent.settings import AgentSettings, SettingsError
@@ -79,6 +80,7 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag(
         "stop-grace-s", "seconds that a worker may take to end before it is killed", default="10", kind=float
     )
+    flag("leave-grace-s", "seconds to wait for replicas to move on SIGTERM; 0: none", default="0", kind=float)
     flag("log-format", "text or json", default="text")
     flag(
         "worker-command",
@@ -95,12 +97,17 @@ def parse(arguments: Sequence[str], environment: Mapping[str, str]) -> AgentSett
 
 
 async def _serve(settings: AgentSettings) -> None:
-    stop = asyncio.Event()
+    stop, hurry = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
+
+    def end() -> None:
+        (hurry if stop.is_set() else stop).set()  # who asks a second time does not want to wait
+
     for name in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(name, stop.set)
+        loop.add_signal_handler(name, end)
     async with running(settings) as node:
         await node.until(stop)
+        await leave(node.agent, grace_s=settings.leave_grace_s, hurry=hurry)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -91,6 +91,8 @@ class Agent:
         self.peer = peer_pb2.Peer(peer_id=settings.node)
         self.disk_bytes_per_s = 0
         self.instance_id = uuid.uuid4().hex
+        self.leaving = False
+        """It is to end: nothing new is started here."""
         self._started_at = Timestamp()
         self._started_at.GetCurrentTime()
         self._settings = settings
@@ -116,6 +118,7 @@ class Agent:
             egress_bytes_per_s=self._settings.egress_bytes_per_s,
             disk_bytes_per_s=self.disk_bytes_per_s,
             leaf=self._settings.leaf,
+            leaving=self.leaving,
         )
 
     async def start_replica(self, request: pb.StartReplicaRequest) -> str:
@@ -179,6 +182,8 @@ class Agent:
                 log.warning("a replica failed", extra={"replica": replica_id, "reason": reason})
 
     def _take_device(self, request: pb.StartReplicaRequest) -> _Assignment:
+        if self.leaving:
+            raise CommandError(grpc.StatusCode.RESOURCE_EXHAUSTED, "no idle worker: this agent is ending")
         taken = {assignment.worker.slot.device_id for assignment in self._assignments.values()}
         idle = [
             worker

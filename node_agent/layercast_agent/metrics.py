@@ -40,6 +40,9 @@ class Observation:
     restarts: Mapping[str, int]
     """Restarts of the worker of each device since the agent's start."""
 
+    certificate_expires_at: float | None = None
+    """Unix seconds; None without TLS."""
+
 
 def ready(status: pb.GetStatusResponse) -> bool:
     """Whether the node can take a replica or has one: at least one worker is warm and answers."""
@@ -94,6 +97,14 @@ def families(seen: Observation) -> Iterator[Metric]:
         "Read rate of the store, measured at start; 0 until then.",
         value=seen.status.disk_bytes_per_s,
     )
+    if seen.certificate_expires_at is not None:
+        expiry = GaugeMetricFamily(
+            "layercast_certificate_expiry_timestamp_seconds",
+            "When the certificate of this process ends.",
+            labels=["role"],
+        )
+        expiry.add_metric(["agent"], seen.certificate_expires_at)
+        yield expiry
     yield from _arriving(seen.status.replicas)
     yield from _memory(seen.status.replicas)
 

@@ -102,7 +102,7 @@ async def running(
         agent.peer.data_address = _serve_data(settings, regions, token, tls, stack)
         wire = wire_server(agent, holdings, tls)
         agent.peer.address = _bind(wire, settings.listen, tls)
-        metrics_port = _serve_metrics(settings, agent, stack)
+        metrics_port = _serve_metrics(settings, agent, tls, stack)
 
         await asyncio.to_thread(checkpoints.start)
         stack.callback(checkpoints.close)
@@ -170,14 +170,17 @@ def _serve_memory(
     stack.push_async_callback(asyncio.to_thread, server.close)
 
 
-def _serve_metrics(settings: AgentSettings, agent: Agent, stack: contextlib.AsyncExitStack) -> int:
+def _serve_metrics(
+    settings: AgentSettings, agent: Agent, tls: Tls | None, stack: contextlib.AsyncExitStack
+) -> int:
     """Starts the metrics server; returns its port, 0 when it is off."""
     if settings.metrics_address is None:
         return 0
 
     def observe() -> Observation:
         restarts = {worker.slot.device_id: worker.restarts for worker in agent.workers}
-        return Observation(status=agent.status(), restarts=restarts)
+        expires_at = tls.expires_at if tls is not None else None
+        return Observation(status=agent.status(), restarts=restarts, certificate_expires_at=expires_at)
 
     try:
         server = MetricsServer(

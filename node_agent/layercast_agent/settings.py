@@ -115,6 +115,9 @@ class AgentSettings:
     stop_grace_s: float = 10.0
     """How long a worker may take to end after SIGTERM before it is killed."""
 
+    leave_grace_s: float = 0.0
+    """How long an agent that is to end waits until its replicas and host copies are elsewhere; 0: not at all."""
+
     worker_command: tuple[str, ...] = field(default=(sys.executable, "-m", "layercast_agent.worker"))
     """Program and first arguments of a worker; the agent appends the flags. For tests and debugging."""
 
@@ -132,6 +135,7 @@ class AgentSettings:
             ),
             ("--engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("--egress-bytes-per-s", self.egress_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
+            ("--leave-grace-s", self.leave_grace_s >= 0, "0 or more seconds"),
             ("--stop-grace-s", self.stop_grace_s >= 0, "0 or more seconds"),
             ("--log-format", self.log_format in ("text", "json"), "text or json"),
             ("--worker-command", bool(self.worker_command), "a program"),

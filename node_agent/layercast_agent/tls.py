@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from cryptography import x509
 from grpc import aio
 
 from layercast_agent.errors import AgentError
@@ -51,6 +52,7 @@ class _Loaded:
     key: bytes
     server: ssl.SSLContext
     client: ssl.SSLContext
+    expires_at: float
 
 
 class Tls:
@@ -61,6 +63,11 @@ class Tls:
         self._folder = folder
         self._lock = threading.Lock()
         self._loaded = self._load()
+
+    @property
+    def expires_at(self) -> float:
+        """When the certificate ends, in unix seconds."""
+        return self._newest().expires_at
 
     def server_context(self) -> ssl.SSLContext:
         """For a socket that accepts: the client must show a certificate of the same authority."""
@@ -117,6 +124,9 @@ class Tls:
                 key=key.read_bytes(),
                 server=server,
                 client=client,
+                expires_at=x509.load_pem_x509_certificate(
+                    certificate.read_bytes()
+                ).not_valid_after_utc.timestamp(),
             )
         except (OSError, ssl.SSLError) as error:
             raise TlsError(f"{self._folder}: {', '.join(FILES)} are not usable: {error}") from error

@@ -130,6 +130,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Run until `stop` is set. Raises SettingsError when a port is taken or there is no cluster."""
     tls = Tls(settings.tls_dir) if settings.tls_dir is not None else None
     process = Process(settings=settings, stop=stop, tls=tls)
+    if tls is not None:
+        process.metrics.watch_certificate(lambda: tls.expires_at)
     listen = settings.metrics_listen
     async with contextlib.AsyncExitStack() as stack:
         runner, port = await serve_metrics(

@@ -30,12 +30,14 @@ from layercast_operator.actions import (
 )
 from layercast_operator.errors import AgentCallError
 from layercast_operator.snapshot import (
+    LOSING_AGENT,
     Checkpoint,
     CheckpointState,
     Device,
     HostCopy,
     HostCopyState,
     Node,
+    NodeFacts,
     PeerRef,
     Replica,
     ReplicaState,
@@ -259,6 +261,7 @@ def node_of(answer: pb.GetStatusResponse, *, name: str, polled_at: float) -> Nod
         host_copies=tuple(_host_copy_of(copy) for copy in answer.host_pool.copies),
         started_at=_seconds(answer.started_at, known=answer.HasField("started_at")) or 0.0,
         polled_at=polled_at,
+        facts=NodeFacts(leaving=LOSING_AGENT if answer.leaving else ""),
     )
 
 

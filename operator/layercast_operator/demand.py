@@ -28,6 +28,14 @@ class Reading:
     at: float
     values: Mapping[str, Mapping[str, float]]
 
+    def calls_for_more(self, before: Reading) -> bool:
+        """Whether more waits for some model than before: worth a pass at once, while less can wait for the next."""
+        return any(
+            value > before.values[name].get(model, 0.0)
+            for name in (PROMPT_TOKENS_WAITING, REQUESTS_WAITING)
+            for model, value in self.values[name].items()
+        )
+
 
 def parse_reading(text: str, *, at: float) -> Reading:
     """The three metrics of a page in the Prometheus text format.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from aiohttp import web
@@ -74,9 +74,24 @@ class Metrics:
         self.poll_failures = Counter(
             _PREFIX + "poll_failures", "Agents that did not answer.", ["node"], registry=self.registry
         )
-
+        self._add_peers()
         self._add_host_copies()
         self._add_kubernetes()
+
+    def _add_peers(self) -> None:
+        """Who answers."""
+        self.agent_up = Gauge(
+            _PREFIX + "agent_up",
+            "1 when the agent of a node answered the last question.",
+            ["node"],
+            registry=self.registry,
+        )
+        self.gateway_up = Gauge(
+            _PREFIX + "gateway_up",
+            "1 when a gateway told its demand the last time.",
+            ["gateway"],
+            registry=self.registry,
+        )
 
     def _add_host_copies(self) -> None:
         """Where checkpoints are kept in memory."""
@@ -119,6 +134,16 @@ class Metrics:
         )
         self.leader = Gauge(_PREFIX + "leader", "1 while this operator may act.", registry=self.registry)
 
+    def watch_certificate(self, expires_at: Callable[[], float]) -> None:
+        """Tell when our certificate ends; all processes tell it by one name, each with its role."""
+        gauge = Gauge(
+            "layercast_certificate_expiry_timestamp_seconds",
+            "When the certificate of this process ends.",
+            ["role"],
+            registry=self.registry,
+        )
+        gauge.labels("operator").set_function(expires_at)
+
     def show_model(self, status: Mapping[str, Any], replicas: tuple[Replica, ...]) -> None:
         """Take over what a pass reported of one model."""
         model = str(status["name"])
@@ -159,6 +184,13 @@ class Metrics:
         for where in ("device", "host", "total"):
             with contextlib.suppress(KeyError):
                 self.memory_copies.remove(model, where)
+
+    def forget_peers(self, nodes: Iterable[str], gateways: Iterable[str]) -> None:
+        """They are not in the cluster any more."""
+        for series, names in ((self.agent_up, nodes), (self.gateway_up, gateways)):
+            for name in names:
+                with contextlib.suppress(KeyError):
+                    series.remove(name)
 
     def _forget_replica(self, model: str, replica: str) -> None:
         for series in (self.layers_resident, self.transfer_bytes_per_s):

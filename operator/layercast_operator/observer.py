@@ -84,9 +84,12 @@ class Observer:
         self._facts = facts or {}
         await self.calls.set_addresses(agents)
         gateways = set(gateways)
-        gone = [self._watches.pop(node).task for node in list(self._watches) if node not in agents]
-        gone += [self._scrapes.pop(name).task for name in list(self._scrapes) if name not in gateways]
+        nodes_gone = [node for node in self._watches if node not in agents]
+        gateways_gone = [name for name in self._scrapes if name not in gateways]
+        gone = [self._watches.pop(node).task for node in nodes_gone]
+        gone += [self._scrapes.pop(name).task for name in gateways_gone]
         await _cancel(gone)
+        self.metrics.forget_peers(nodes_gone, gateways_gone)
         for node in agents:
             if node not in self._watches:
                 task = asyncio.create_task(self._watch(node), name=f"watch {node}")
@@ -109,7 +112,8 @@ class Observer:
             health = self._health(watch, now)
             if watch.node is not None:
                 facts = self._facts.get(name, NodeFacts())
-                nodes.append(replace(watch.node, health=health, facts=facts))
+                leaving = facts.leaving or watch.node.facts.leaving
+                nodes.append(replace(watch.node, health=health, facts=replace(facts, leaving=leaving)))
             elif health is not NodeHealth.LOST:
                 unseen.append(name)
         self._moving = sum(1 for node in nodes if _moves(node))
@@ -191,12 +195,14 @@ class Observer:
             node = await self.calls.get_status(name, polled_at=asked_at, deadline_s=self.limits.deadline_s)
         except AgentCallError as error:
             self.metrics.poll_failures.labels(name).inc()
+            self.metrics.agent_up.labels(name).set(0)
             if watch.failing_since is None:
                 watch.failing_since = asked_at
                 _LOG.warning("an agent does not answer", extra={"node": name, "problem": str(error)})
             return
         if watch.failing_since is not None:
             _LOG.info("an agent answers again", extra={"node": name})
+        self.metrics.agent_up.labels(name).set(1)
         changed = watch.node is None or _gist(node) != _gist(watch.node) or watch.failing_since is not None
         watch.node, watch.failing_since = node, None
         if changed:
@@ -206,7 +212,11 @@ class Observer:
         while True:
             try:
                 reading = await self._read_gateway(gateway)
-                self._scrapes[gateway].reading = reading or self._scrapes[gateway].reading
+                before, scrape = self._scrapes[gateway].reading, self._scrapes[gateway]
+                scrape.reading = reading or before
+                self.metrics.gateway_up.labels(gateway).set(reading is not None)
+                if reading is not None and (before is None or reading.calls_for_more(before)):
+                    self.wake.set()
             except Exception:
                 _LOG.exception("a scrape ended by an exception", extra={"gateway": gateway})
             await asyncio.sleep(self.limits.poll_s)
@@ -240,6 +250,7 @@ def _gist(node: Node) -> object:
     """What of a node's answer deserves a pass at once; counters and rates can wait for the tick."""
     return (
         node.instance_id,
+        node.facts.leaving,
         tuple((d.worker_state, d.replica_id) for d in node.devices),
         tuple((c.key, c.state, c.on_disk) for c in node.checkpoints),
         tuple((c.digest, c.state, c.transfer is not None and c.transfer.stalled) for c in node.host_copies),

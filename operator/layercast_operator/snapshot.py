@@ -186,9 +186,12 @@ class Checkpoint:
     in_host_memory: bool = False
 
 
+LOSING_AGENT = "losing its agent"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NodeFacts:
-    """What the cluster knows of a node and its agent does not."""
+    """What the cluster knows of a node, and that its agent is to end, which either may know first."""
 
     labels: Mapping[str, str] = field(default_factory=dict)
     leaving: str = ""

@@ -33,6 +33,19 @@ def test_values_and_zero() -> None:
     assert (quiet.prompt_tokens_waiting, quiet.requests_in_flight) == (0, 0)
 
 
+def test_more_that_waits_is_worth_a_pass_and_less_is_not() -> None:
+    some, more = (
+        reading(),
+        parse_reading(PAGE.replace('waiting{model="m"} 4.0', 'waiting{model="m"} 5.0'), at=1),
+    )
+    new = parse_reading(PAGE.replace('"m"', '"new"'), at=1)
+    running = parse_reading(PAGE.replace('in_flight{model="m"} 6.0', 'in_flight{model="m"} 9.0'), at=1)
+    assert more.calls_for_more(some) and new.calls_for_more(some)
+    assert (
+        not some.calls_for_more(more) and not some.calls_for_more(some) and not running.calls_for_more(some)
+    )
+
+
 def test_gateways_are_summed_and_a_silent_one_is_said() -> None:
     both, _ = demand_of({"g": reading(), "h": reading()}, models=["m"], now=101.0, age_max_s=2.0)
     assert both["m"].prompt_tokens_waiting == 2400 and both["m"].complete

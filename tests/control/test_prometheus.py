@@ -10,7 +10,8 @@ from aiohttp import web
 
 from layercast_operator.errors import PrometheusError
 from layercast_operator.metrics import Metrics
-from layercast_operator.modelservice import Queries
+from layercast_operator.modelservice import Band, Queries, ScalePolicy, Scaling, ScalingMode
+from layercast_operator.policy import KvUse, PolicyInput, Rule, decide
 from layercast_operator.prometheus import Prometheus
 from layercast_operator.prometheus_demand import FIELDS, MISSING_AFTER_S, SHIPPED, Answers, Told, joined
 from layercast_operator.snapshot import Demand
@@ -45,21 +46,48 @@ def test_growth_follows_whichever_calls_for_more(one: float, other: float) -> No
     assert got is not None and got.prompt_tokens_waiting == 700 and got.complete
 
 
-@pytest.mark.parametrize(
-    ("told", "reason"),
-    [
-        (answers(at=NOW - 16), "PrometheusSilent"),
-        (Answers(at=NOW), "PrometheusSilent"),
-        (answers(None, since=NOW - 5), "SeriesAwaited"),
-        (answers(None, since=NOW - MISSING_AFTER_S), "NoSeries"),
-        (answers(problem="parse error"), "BadExpression"),
-    ],
-)
+UNKNOWN = [
+    (answers(at=NOW - 16), "PrometheusSilent"),
+    (Answers(at=NOW), "PrometheusSilent"),
+    (answers(None, since=NOW - 5), "SeriesAwaited"),
+    (answers(None, since=NOW - MISSING_AFTER_S), "NoSeries"),
+    (answers(problem="parse error"), "BadExpression"),
+]
+
+
+@pytest.mark.parametrize(("told", "reason"), UNKNOWN)
 def test_what_prometheus_does_not_know_shrinks_nothing_and_says_why(told: Answers, reason: str) -> None:
     got = both(fast(300), told)
     assert got is not None
     assert (got.complete, got.reason) == (False, reason) and got.problem
     assert got.prompt_tokens_waiting == 300, "the gateways' own numbers still count"
+
+
+@pytest.mark.parametrize("told", [answers(), *(told for told, _ in UNKNOWN)])
+def test_a_held_request_starts_a_service_at_zero_whatever_prometheus_says(told: Answers) -> None:
+    queue = Band(low=0.5, high=0.7)
+    scaling = Scaling(
+        replicas_min=0,
+        replicas_max=3,
+        mode=ScalingMode.AUTO,
+        policy=ScalePolicy.LIVE,
+        queue_s=queue,
+        kv_utilization=queue,
+        prefill_tokens_per_s=0,
+        scale_down_s=30,
+    )
+    given = PolicyInput(
+        now=NOW,
+        current=0,
+        capacity=3,
+        demand=both(fast(300), told),
+        kv=KvUse(used=0, pages_per_replica=1),
+        prefill_tokens_per_s=None,
+        load_time_s=None,
+        below_since=None,
+    )
+    decision = decide(scaling, given)
+    assert (decision.replicas, decision.rule) == (1, Rule.FROM_ZERO)
 
 
 def test_a_silent_gateway_is_not_made_up_for() -> None:

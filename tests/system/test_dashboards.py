@@ -146,6 +146,7 @@ ONLY_IN_A_CLUSTER = {
     "layercast_operator_scrape_failures_total",  # a series of a gateway that could not be asked
     "layercast_operator_poll_failures_total",
     "layercast_operator_reconcile_errors_total",
+    "layercast_certificate_expiry_timestamp_seconds",  # with TLS
 }
 
 

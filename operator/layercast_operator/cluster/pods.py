@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from layercast_operator.snapshot import NodeFacts
+from layercast_operator.snapshot import LOSING_AGENT, NodeFacts
 
 Object = Mapping[str, Any]
 
@@ -90,7 +90,7 @@ def node_facts(nodes: Iterable[Object], pods: Iterable[Object], agents: Componen
         elif metadata.get("deletionTimestamp"):
             why = "being deleted"
         elif name in leaving and name not in staying:
-            why = "losing its agent"
+            why = LOSING_AGENT
         facts[name] = NodeFacts(labels=dict(metadata.get("labels") or {}), leaving=why)
     return facts
 

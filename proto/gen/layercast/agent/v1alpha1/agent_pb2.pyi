@@ -203,6 +203,7 @@ class GetStatusResponse(_message.Message):
     LEAF_FIELD_NUMBER: _builtins.int
     HOST_POOL_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
+    LEAVING_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Name of the node."""
     instance_id: _builtins.str
@@ -213,6 +214,10 @@ class GetStatusResponse(_message.Message):
     """Rate at which this node reads its disk, bytes per second, measured."""
     leaf: _builtins.str
     """Leaf switch; nodes with equal names reach each other fastest."""
+    leaving: _builtins.bool
+    """This agent is to end: it starts no more replicas and goes on with what it
+    has until that is moved elsewhere, or its time is up.
+    """
     @_builtins.property
     def peer(self) -> _peer_pb2.Peer:
         """How peers reach the copies that the agent itself keeps."""
@@ -251,10 +256,11 @@ class GetStatusResponse(_message.Message):
         leaf: _builtins.str = ...,
         host_pool: Global___HostPool | None = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
+        leaving: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["host_pool", b"host_pool", "peer", b"peer", "started_at", b"started_at"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "host_pool", b"host_pool", "instance_id", b"instance_id", "leaf", b"leaf", "node", b"node", "peer", b"peer", "replicas", b"replicas", "started_at", b"started_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "host_pool", b"host_pool", "instance_id", b"instance_id", "leaf", b"leaf", "leaving", b"leaving", "node", b"node", "peer", b"peer", "replicas", b"replicas", "started_at", b"started_at"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
