@@ -6,21 +6,24 @@ needs the script of a test cluster made of processes, whose path is in LAYERCAST
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import signal
-import socket
 import subprocess
-import tempfile
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import openai
+from kubernetes import client, config
+from tests.cluster.scraping import Prometheus, prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "layercast"
@@ -57,6 +60,13 @@ class Traffic:
         """Errors of requests that did not end with an answer."""
         return [answer.error for answer in self.answers if answer.error]
 
+    def disagreeing(self) -> dict[str, set[str]]:
+        """Prompts that were answered in more than one way."""
+        texts: dict[str, set[str]] = {}
+        for answer in self.answers:
+            texts.setdefault(answer.prompt, set()).add(answer.text)
+        return {prompt: found for prompt, found in texts.items() if len(found) > 1}
+
     def wrong(self, right: Mapping[str, str]) -> list[Answer]:
         """Requests that failed, or were answered with other tokens than `right` has."""
         return [answer for answer in self.answers if answer.error or answer.text != right[answer.prompt]]
@@ -69,7 +79,10 @@ class Bed:
         self._helm = helm
         self.lab = os.environ.get("LAYERCAST_TEST_LAB", "")
         self.key = "none"
+        self.flags: tuple[str, ...] = ()
+        """Of every installation from now on."""
         self._notes: list[str] = []
+        self._api: Any = None
 
     def kubectl(self, *arguments: str, given: str | None = None, deadline_s: float = 120) -> str:
         """What kubectl says in the test's namespace."""
@@ -89,9 +102,27 @@ class Bed:
             f"agent.huggingFace.cacheHostPath={hub()}",
         ]
         self.helm(
-            *("upgrade", "--install", RELEASE, str(chart), "--create-namespace", *values, *flags),
+            *(
+                "upgrade",
+                "--install",
+                RELEASE,
+                str(chart),
+                "--create-namespace",
+                *values,
+                *self.flags,
+                *flags,
+            ),
             *("--wait", "--timeout", "280s"),
         )
+        self.key = self.secret(f"{RELEASE}-layercast-api-keys")["key"].decode()
+
+    def is_installed(self) -> bool:
+        """Whether the release is there."""
+        return RELEASE in json.loads(self.helm("list", "--short", "--output", "json"))
+
+    def secret(self, name: str) -> dict[str, bytes]:
+        """What a Secret holds."""
+        return {key: base64.b64decode(value) for key, value in self.get("secret", name)["data"].items()}
 
     def get(self, *what: str) -> Any:
         """Objects as kubectl tells them."""
@@ -106,13 +137,42 @@ class Bed:
         """Change the specification of a ModelService."""
         self.kubectl("patch", "modelservice", name, "--type=merge", "-p", json.dumps({"spec": spec}))
 
+    def edit(self, spec: Mapping[str, Any]) -> float:
+        """As `patch`, over a connection that is open already; when the API server was asked, in unix seconds."""
+        if self._api is None:
+            self._api = client.CustomObjectsApi(config.new_client_from_config())
+        where = ("layercast.dev", "v1alpha1", NAMESPACE, "modelservices", SERVICE)
+        self._api.get_namespaced_custom_object(*where)
+        asked_at = time.time()
+        self._api.patch_namespaced_custom_object(*where, {"spec": spec})
+        return asked_at
+
+    def first_command_at(self, after: float) -> float:
+        """When the operator first commanded an agent after a time, by its log; unix seconds."""
+        found: list[float] = []
+
+        def look() -> bool:
+            lines = self.log(self.leader())
+            begun = (line["time"] for line in lines if line["message"] == "a command begins")
+            found[:] = [
+                at for text in begun if (at := datetime.fromisoformat(text + "+00:00").timestamp()) >= after
+            ]
+            return bool(found)
+
+        self.wait(look, "a command begins")
+        return min(found)
+
     def status(self, name: str = SERVICE) -> dict[str, Any]:
         """Status of a ModelService, empty before it has one."""
         return dict(self.get("modelservice", name).get("status") or {})
 
-    def serving(self) -> int:
+    def settled(self, replicas: int) -> bool:
+        """Whether so many serve, and there is no other."""
+        return self.serving() == len(self.replica_ids()) == replicas
+
+    def serving(self, name: str = SERVICE) -> int:
         """Replicas that serve."""
-        return sum(replica["state"] == "Serving" for replica in self.status().get("replicas") or ())
+        return sum(replica["state"] == "Serving" for replica in self.status(name).get("replicas") or ())
 
     def replica_ids(self) -> set[str]:
         """All replicas, in whatever state."""
@@ -123,6 +183,21 @@ class Bed:
         labels = "app.kubernetes.io/name=layercast"
         labels += f",app.kubernetes.io/component={component}" if component else ""
         return list(self.get("pods", "-l", labels)["items"])
+
+    def pod_names(self, component: str) -> set[str]:
+        """Pods of a component, those that end included."""
+        return {str(pod["metadata"]["name"]) for pod in self.pods(component)}
+
+    def ready_pods(self, component: str) -> set[str]:
+        """Pods of a component that are ready and do not end."""
+        return {
+            str(pod["metadata"]["name"])
+            for pod in self.pods(component)
+            if "deletionTimestamp" not in pod["metadata"]
+            and any(
+                c["type"] == "Ready" and c["status"] == "True" for c in pod["status"].get("conditions", ())
+            )
+        }
 
     def pod_on(self, node: str, component: str) -> str:
         """Name of the component's pod on a node."""
@@ -135,19 +210,44 @@ class Bed:
 
     def note(self, what: str, seconds: float) -> None:
         """A time to be told at the end of the run."""
-        self._notes.append(f"{seconds:7.1f} s  {what}")
+        self._notes.append(f"{seconds:8.2f} s  {what}")
+
+    def doctor(self) -> tuple[int, str]:
+        """Exit code and text of `kubectl layercast doctor`."""
+        command = ["kubectl", "layercast", "doctor", "-n", NAMESPACE]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # where kubectl finds the plug-in
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            env={**os.environ, "PATH": path},
+        )
+        return done.returncode, done.stdout + done.stderr
 
     def report(self) -> None:
         """Write the times down: `out/cluster-times.txt`."""
-        file = ROOT / "out" / "cluster-times.txt"
-        file.parent.mkdir(exist_ok=True)
-        file.write_text("\n".join(self._notes) + "\n")
+        (ROOT / "out").mkdir(exist_ok=True)
+        (ROOT / "out" / "cluster-times.txt").write_text("\n".join(self._notes) + "\n")
 
     def timed(self, holds: Callable[[], bool]) -> float:
         """Seconds that it took to become true; it is asked once."""
         began = time.monotonic()
         assert holds()
         return time.monotonic() - began
+
+    def condition(self, kind: str, name: str = SERVICE) -> tuple[str, str]:
+        """Status and reason of a condition; empty before there is one."""
+        for condition in self.status(name).get("conditions", ()):
+            if condition["type"] == kind:
+                return condition["status"], condition["reason"]
+        return "", ""
+
+    def log(self, pod: str, *, since_s: int = 60) -> list[dict[str, Any]]:
+        """Lines of a pod's newest log; ours are JSON, others become a `message`."""
+        lines = self.kubectl("logs", pod, f"--since={since_s}s").splitlines()
+        return [json.loads(line) if line.startswith("{") else {"message": line} for line in lines]
 
     def wait(self, holds: Callable[[], Any], what: str, *, deadline_s: float = 120) -> float:
         """Seconds until `holds()`; what a cluster does can only be asked for. Fails with `what` after the deadline."""
@@ -183,12 +283,17 @@ class Bed:
                 return f"http://{host}:{port}"
         raise AssertionError("no node is ready")
 
+    def models(self) -> set[str]:
+        """Models that a gateway lists."""
+        with openai.OpenAI(base_url=f"{self.url()}/v1", api_key=self.key, timeout=30) as asking:
+            return {model.id for model in asking.models.list()}
+
     def ask(self, prompt: str, *, model: str = SERVICE, max_tokens: int = 12, url: str = "") -> str:
         """One answer, greedy, streamed."""
         with openai.OpenAI(
             base_url=f"{url or self.url()}/v1", api_key=self.key, max_retries=0, timeout=120
-        ) as client:
-            chunks = client.completions.create(
+        ) as asking:
+            chunks = asking.completions.create(
                 model=model, prompt=prompt, max_tokens=max_tokens, temperature=0, stream=True
             )
             return "".join(chunk.choices[0].text for chunk in chunks if chunk.choices)
@@ -226,17 +331,26 @@ class Bed:
 
     @contextmanager
     def prometheus(self) -> Iterator[Prometheus]:
-        """A Prometheus that scrapes everything of ours."""
+        """A Prometheus that scrapes everything of ours, and is asked by the operator."""
+        with prometheus(reached_from=self.pods("agent")[0]["status"]["podIP"]) as running:
+            self.install(f"--set=operator.prometheusUrl={running.url}")
+            self.scraped_by(running)
+            running.start()
+            yield running
+
+    def scraped_by(self, running: Prometheus) -> None:
+        """Tell it where our pods are now."""
         ports = {"operator": 7090, "gateway": 8080, "agent": 7190}
         self.wait(
             lambda: all("podIP" in pod["status"] for job in ports for pod in self.pods(job)),
             "every pod has an address",
         )
-        targets = {
-            job: [f"{pod['status']['podIP']}:{port}" for pod in self.pods(job)] for job, port in ports.items()
-        }
-        with prometheus(targets, reached_from=targets["agent"][0].partition(":")[0]) as running:
-            yield running
+        running.scrape(
+            {
+                job: [f"{pod['status']['podIP']}:{port}" for pod in self.pods(job)]
+                for job, port in ports.items()
+            }
+        )
 
     def in_lab(self, *arguments: str) -> str:
         """The script of the test cluster."""
@@ -246,42 +360,6 @@ class Bed:
         """SIGKILL, as a power cut would."""
         pid = int(Path(os.environ["K8S_STATE"], "run", "apiserver.pid").read_text().split()[0])
         os.kill(pid, signal.SIGKILL)
-
-
-@dataclass(slots=True)
-class Prometheus:
-    """One that runs here and scrapes the pods; nodes reach it at `url`."""
-
-    url: str
-    process: subprocess.Popen[bytes]
-
-    def kill(self) -> None:
-        """SIGKILL; nothing is left to ask."""
-        self.process.kill()
-        self.process.wait(10)
-
-
-@contextmanager
-def prometheus(targets: Mapping[str, list[str]], *, reached_from: str) -> Iterator[Prometheus]:
-    """Debian's Prometheus on `targets` by job; `reached_from` is an address of those that will ask it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((reached_from, 9))
-        host = probe.getsockname()[0]
-    with socket.create_server((host, 0)) as free:
-        port = free.getsockname()[1]
-    jobs = [{"job_name": job, "static_configs": [{"targets": found}]} for job, found in targets.items()]
-    with tempfile.TemporaryDirectory() as folder:
-        config = Path(folder, "prometheus.yml")
-        config.write_text(json.dumps({"global": {"scrape_interval": "1s"}, "scrape_configs": jobs}))
-        process = subprocess.Popen(
-            ["prometheus", f"--config.file={config}", f"--storage.tsdb.path={folder}/data",
-             f"--web.listen-address={host}:{port}", "--log.level=warn"],
-        )  # fmt: skip
-        try:
-            yield Prometheus(url=f"http://{host}:{port}", process=process)
-        finally:
-            process.kill()
-            process.wait(10)
 
 
 def hub() -> Path:
