@@ -11,7 +11,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.slow]
 Right = dict[str, str]
 
 SCALING = {
-    "min": 0,
+    "min": 1,
     "max": 3,
     "targets": {"queueSeconds": {"low": 0.1, "high": 0.3}},
     "windows": {"scaleDownSeconds": 5},
@@ -39,6 +39,7 @@ def test_demand_moves_the_number_of_replicas(served: Bed, right: Right, at: Call
         assert not traffic.failures() and not traffic.disagreeing()
         assert served.serving() == 3, "what is unknown shrinks nothing"
         prometheus.start()
+        served.patch({"scaling": {**SCALING, "min": 0}})
         took_s = served.wait(
             lambda: not served.replica_ids(), "nothing is left without demand", deadline_s=240
         )
