@@ -79,8 +79,7 @@ class Bed:
         self._helm = helm
         self.lab = os.environ.get("LAYERCAST_TEST_LAB", "")
         self.key = "none"
-        self.flags: tuple[str, ...] = ()
-        """Of every installation from now on."""
+        self.flags: tuple[str, ...] = ()  # of every installation from now on
         self._notes: list[str] = []
         self._api: Any = None
 
@@ -337,6 +336,7 @@ class Bed:
             self.scraped_by(running)
             running.start()
             yield running
+        self.install()
 
     def scraped_by(self, running: Prometheus) -> None:
         """Tell it where our pods are now."""
