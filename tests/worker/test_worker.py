@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import grpc
 import pytest
@@ -196,3 +197,31 @@ async def test_refusals_say_why(packed: Packed, start_worker: StartWorker) -> No
             )
         )
     assert unknown.value.code() == grpc.StatusCode.NOT_FOUND
+
+
+def anonymous_bytes(pid: int) -> int:
+    """Memory of a process that no file stands for."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith("RssAnon")).split()[1]) * 1024
+
+
+async def test_a_warm_worker_keeps_nothing_of_the_replicas_that_it_had(
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient
+) -> None:
+    worker = await start_worker("a")
+    seen = []
+    for index in range(10):
+        await worker.assign(packed)
+        await worker.feed(packed)
+        await worker.until(serving)
+        address = (await worker.peer()).address
+        if not index:
+            await gateway.connect(address)
+        await gateway.submit(address, gateway.request(f"r{index}", PROMPTS[0], max_tokens=4))
+        await gateway.all_done()
+        await worker.control.UnassignReplica(
+            worker_pb2.UnassignReplicaRequest(replica_id=worker.name), timeout=30
+        )
+        seen.append(anonymous_bytes(worker.process.pid))
+    # The first replicas leave caches and compiled kernels; what each one leaves comes to eight times its size.
+    assert seen[-1] - seen[1] < 2 * packed.manifest.nbytes, [each >> 20 for each in seen]

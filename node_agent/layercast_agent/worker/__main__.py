@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -124,6 +125,8 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
     await asyncio.to_thread(warm.warm_up, device)
     if options.host_memory_socket is not None and device.type != "cpu":
         await asyncio.to_thread(_register_host_memory, options.host_memory_socket, options.token, device)
+    gc.collect()
+    gc.freeze()  # the libraries are here to stay; a collection after a replica's end looks at what came later
     assignment.warm = True
     log.info("the worker is warm", extra={"device": options.device, "address": host.address})
     await _until_asked_to_stop()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 from pathlib import Path
 
@@ -68,7 +69,10 @@ class Assignment:
             if replica is None or replica.spec.replica_id != replica_id:
                 return
             await replica.close()
-            self.replica = None
+            self.replica = replica = None
+            # What refers to itself in a circle is freed by the collector, and that when it likes: a replica's KV
+            # pages must be free when the caller hears that it is gone.
+            await asyncio.to_thread(gc.collect)
             log.info("a replica was released", extra={"replica": replica_id})
 
     def find(self, replica_id: str) -> Replica | None:
