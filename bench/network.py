@@ -42,6 +42,18 @@ class Network:
         """The command line that runs `command` on a machine."""
         return ["ip", "netns", "exec", self._machines[machine], *command]
 
+    def cut(self, machine: int) -> list[str]:
+        """The command line that takes the switch's power from a machine: its interface has no carrier any more."""
+        return ["ip", "-n", self._switch, "link", "set", _port(machine), "down"]
+
+    def swallow(self, machine: int) -> list[str]:
+        """The command line after which all packets of and to a machine vanish, and its interface looks well."""
+        return ["ip", "-n", self._switch, "link", "set", _port(machine), "nomaster"]
+
+    def mend(self, machine: int) -> None:
+        """Undo `cut` and `swallow`."""
+        _run("ip", "-n", self._switch, "link", "set", _port(machine), "master", "bridge", "up")
+
     def shape(self, bits_per_s: int | None) -> None:
         """Limit what each machine sends; None takes the limit away."""
         for name in self._machines:
@@ -57,7 +69,7 @@ class Network:
         _run("ip", "-n", self._switch, "link", "add", "bridge", "type", "bridge")
         _run("ip", "-n", self._switch, "link", "set", "bridge", "up")
         for index, name in enumerate(self._machines):
-            port = f"port{index}"
+            port = _port(index)
             _run("ip", "netns", "add", name)
             _run("ip", "-n", self._switch, "link", "add", port, "type", "veth",
                  "peer", "name", INTERFACE, "netns", name)  # fmt: skip
@@ -91,6 +103,10 @@ def network(machines: int) -> Iterator[Network]:
     finally:
         made.remove()
         signal.signal(signal.SIGTERM, before)
+
+
+def _port(machine: int) -> str:
+    return f"port{machine}"
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -17,6 +17,7 @@ from layercast_agent.layout import Manifest
 from layercast_agent.peer_manifest import fetch_manifest
 from layercast_agent.pool import HostPool
 from layercast_agent.runner import UpstreamSpec
+from layercast_agent.tls import Tls
 from layercast_agent.workers import CommandError
 
 MANIFEST_S = 5.0
@@ -26,12 +27,15 @@ MANIFEST_S = 5.0
 class HostCopies:
     """Commands of one node. Used on the asyncio thread only."""
 
-    def __init__(self, *, node: str, pool: HostPool, checkpoints: Checkpoints, socket: Path) -> None:
+    def __init__(
+        self, *, node: str, pool: HostPool, checkpoints: Checkpoints, socket: Path, tls: Tls | None = None
+    ) -> None:
         """`socket` is where workers of this node map the pool's memory."""
         self.pool = pool
         self._node = node
         self._checkpoints = checkpoints
         self._socket = socket
+        self._tls = tls
 
     def socket_for(self, digest: str) -> str:
         """Where a worker maps this node's copy of a checkpoint; empty when there is none."""
@@ -50,7 +54,7 @@ class HostCopies:
         else:
             try:
                 manifest_json, files = await fetch_manifest(
-                    request.manifest_peer, digest=request.digest, deadline_s=MANIFEST_S
+                    request.manifest_peer, digest=request.digest, deadline_s=MANIFEST_S, tls=self._tls
                 )
             except PeerError as error:
                 raise CommandError(grpc.StatusCode.UNAVAILABLE, str(error)) from error

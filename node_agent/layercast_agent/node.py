@@ -86,12 +86,18 @@ async def running(
         stack.enter_context(_owned(settings.run_dir))
         store = await asyncio.to_thread(Store, settings.store_dir, pvc_root=settings.pvc_root)
         checkpoints = Checkpoints(store=store, holdings=holdings, regions=regions)
-        pool = HostPool(arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token)
+        pool = HostPool(
+            arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token, tls=tls
+        )
         agent = Agent(
             settings=settings,
             checkpoints=checkpoints,
             host_copies=HostCopies(
-                node=settings.node, pool=pool, checkpoints=checkpoints, socket=settings.memory_socket
+                node=settings.node,
+                pool=pool,
+                checkpoints=checkpoints,
+                socket=settings.memory_socket,
+                tls=tls,
             ),
             tls=tls,
             limits=limits,

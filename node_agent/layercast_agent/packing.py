@@ -198,13 +198,11 @@ def _dtype_word(dtype: str, tensors: Mapping[str, StoredTensor]) -> str:
     words = {name: word for word, name in DTYPE_NAMES.items()}
     sums: dict[str, int] = {}
     for tensor in tensors.values():
+        problem = "" if tensor.nbytes else f"shape {list(tensor.shape)} has no elements"
         if tensor.dtype not in ITEM_BYTES:
-            raise CheckpointError(
-                f"dtype {tensor.dtype} cannot be served; {', '.join(ITEM_BYTES)} can",
-                file=tensor.file,
-                tensor=tensor.name,
-                offset_bytes=tensor.offset,
-            )
+            problem = f"dtype {tensor.dtype} cannot be served; {', '.join(ITEM_BYTES)} can"
+        if problem:
+            raise CheckpointError(problem, file=tensor.file, tensor=tensor.name, offset_bytes=tensor.offset)
         sums[tensor.dtype] = sums.get(tensor.dtype, 0) + tensor.nbytes
     if dtype:
         if dtype not in words:

@@ -25,6 +25,7 @@ from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
+from layercast_agent.tls import Tls
 from layercast_agent.workers import CommandError
 
 log = logging.getLogger(__name__)
@@ -63,8 +64,17 @@ class _Copy:
 class HostPool:
     """The copies of one arena. Thread-safe."""
 
-    def __init__(self, *, arena: Arena, holdings: Holdings, regions: RegionTable, token: bytes) -> None:
+    def __init__(
+        self,
+        *,
+        arena: Arena,
+        holdings: Holdings,
+        regions: RegionTable,
+        token: bytes,
+        tls: Tls | None = None,
+    ) -> None:
         self.arena = arena
+        self._tls = tls
         self._holdings = holdings
         self._regions = regions
         self._token = token
@@ -189,6 +199,7 @@ class HostPool:
             generation=generation,
             segment_order=(),
             token=self._token,
+            tls=self._tls,
             on_segment=lambda segment: None,
             on_end=lambda outcome: self._ended(manifest.digest, outcome),
         )

@@ -13,7 +13,8 @@ import importlib.util
 import json
 import os
 import queue
-import signal
+import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,10 +22,12 @@ from typing import Any
 
 from layercast_agent import transfer_events as ev
 from layercast_agent.regions import HostMemory, RegionTable
+from layercast_agent.residency import Residency
 from layercast_agent.tls import Tls
 from layercast_agent.transfer_events import Chunk, UpstreamSpec
 from layercast_agent.transport import ChunkLink, LinkRequest
 from layercast_agent.transport.landing import Landing
+from layercast_agent.transport.memory import Faults, MemoryLink, MemoryNetwork, MemoryNode
 from layercast_agent.transport.tcp_link import open_link
 
 WINDOW = 4
@@ -66,16 +69,29 @@ class Target:
 
     def open(self, upstream: dict[str, Any], *, number: int = 1) -> ChunkLink:
         """A link whose chunks are announced."""
-        request = LinkRequest(link=number, upstream=UpstreamSpec(**upstream), post=self.events.put)
-        link = self._open(request)
+        link = self.link(LinkRequest(link=number, upstream=_spec(upstream), post=self.events.put))
         self.wait(ev.ChunksAnnounced)
         return link
 
+    def link(self, request: LinkRequest) -> ChunkLink:
+        return self._open(request)
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def take(self, timeout_s: float) -> ev.Event:
+        """The next event; queue.Empty when there is none in time."""
+        return self.events.get(timeout=timeout_s)
+
+    def strike(self) -> None:
+        """The fault of the case."""
+        subprocess.run(self.settings["fault"], check=True, timeout=DEADLINE_S)
+
     def wait(self, kind: type, *, deadline_s: float = DEADLINE_S) -> Any:
         """The next event of a kind; `Ended` with its reason when the link is over before, queue.Empty in time."""
-        end = time.monotonic() + deadline_s
+        end = self.now() + deadline_s
         while True:
-            event = self.events.get(timeout=max(0.0, end - time.monotonic()))
+            event = self.take(max(0.0, end - self.now()))
             if isinstance(event, kind):
                 return event
             if isinstance(event, ev.UpstreamEnded):
@@ -94,7 +110,7 @@ class Target:
 
     def end(self, link: ChunkLink) -> float:
         """Close; returns how long it took until the memory was quiet."""
-        begun_at = time.monotonic()
+        begun_at = self.now()
         link.close("the test is over")
         try:
             while True:
@@ -102,7 +118,7 @@ class Target:
                 break
         except Ended:
             pass
-        return time.monotonic() - begun_at
+        return self.now() - begun_at
 
     @property
     def chunks(self) -> list[Chunk]:
@@ -116,6 +132,56 @@ class Target:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(b"".join(bytes(m.view(0, m.nbytes)) for m in self.memories)).hexdigest()
+
+
+class VirtualTarget(Target):
+    """The same by `memory`: its peers are in this process, and its seconds are virtual ones."""
+
+    def __init__(self, settings: dict[str, Any]) -> None:
+        super().__init__({**settings, "nixl": False})
+        manifest = self.checkpoint.manifest
+        self.network = MemoryNetwork(rng=random.Random(settings["seed"]), faults=Faults())
+        for upstream in settings["upstreams"]:
+            name = upstream["peer_id"]
+            self.network.nodes[name] = MemoryNode(
+                name,
+                manifest=manifest,
+                memories=self.checkpoint.memories(),
+                residency=Residency(manifest, complete=True),
+            )
+            self.network.nodes[name].fenced = name in settings["fenced"]
+        self.node = MemoryNode(
+            "target", manifest=manifest, memories=self.memories, residency=Residency(manifest)
+        )
+        self.network.nodes["target"] = self.node
+
+    def link(self, request: LinkRequest) -> ChunkLink:
+        return MemoryLink(request, network=self.network, target=self.node)
+
+    def now(self) -> float:
+        return self.network.now
+
+    def take(self, timeout_s: float) -> ev.Event:
+        end = self.network.now + timeout_s
+        while self.events.empty() and self.network.next_at <= end:
+            self.network.step()
+        if self.events.empty():
+            self.network.now = end
+        return self.events.get_nowait()
+
+    def strike(self) -> None:
+        match self.settings["fault"]:
+            case ["SIGKILL", name]:
+                self.network.kill(name)
+            case ["SIGSTOP", name]:
+                self.network.stop(name)
+            case [_, name]:
+                self.network.cut("target", name)
+
+
+def _spec(upstream: dict[str, Any]) -> UpstreamSpec:
+    socket = upstream.get("memory_socket")
+    return UpstreamSpec(**{**upstream, "memory_socket": Path(socket) if socket else None})
 
 
 def deliver(target: Target) -> dict[str, Any]:
@@ -137,12 +203,12 @@ def refuse(target: Target) -> dict[str, Any]:
 
 
 def survive(target: Target) -> dict[str, Any]:
-    """One good chunk; then a signal to the peer, and a chunk that cannot come; then everything from another peer."""
+    """One good chunk; then the fault, and chunks that cannot come; then everything from another peer."""
     first, second = target.settings["upstreams"]
     link = target.open(first)
     target.load(link, target.chunks[:1])
-    os.kill(target.settings["pid"], signal.Signals[target.settings["signal"]])
-    begun_at = time.monotonic()
+    target.strike()
+    begun_at = target.now()
     for chunk in target.chunks[1:3]:
         link.fetch(chunk)
     ended = ""
@@ -153,7 +219,7 @@ def survive(target: Target) -> dict[str, Any]:
         ended = "closed at our deadline"
     except Ended as error:
         ended = str(error)
-    gone_s = time.monotonic() - begun_at
+    gone_s = target.now() - begun_at
     other = target.open(second, number=2)
     target.load(other, target.chunks[1:])
     target.end(other)
@@ -180,7 +246,8 @@ def abort(target: Target) -> dict[str, Any]:
 if __name__ == "__main__":
     case = {"deliver": deliver, "refuse": refuse, "survive": survive, "abort": abort}
     wanted = json.loads(sys.argv[1])
-    said = case[wanted["case"]](Target(wanted))
+    kind = VirtualTarget if wanted["virtual"] else Target
+    said = case[wanted["case"]](kind(wanted))
     sys.stdout.write(json.dumps(said) + "\n")
     sys.stdout.flush()
     os._exit(0)

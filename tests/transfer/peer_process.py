@@ -2,13 +2,14 @@
 
 Takes its settings as JSON in argv[1]. Says one JSON object a line on stdout: `ready` with its addresses, then
 `segment` and `complete` with the time of the machine's monotonic clock. Commands on stdin: `load` begins its
-transfer, `corrupt SEGMENT` alters a byte of a segment that it holds, `fence` takes its regions back unannounced;
-the end of stdin ends it.
+transfer, `again` gives it the same upstreams under a higher generation, `status` says how it is, `corrupt SEGMENT`
+alters a byte of a segment that it holds, `fence` takes its regions back unannounced; the end of stdin ends it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import importlib.util
 import json
@@ -23,10 +24,12 @@ import grpc
 from layercast.peer.v1alpha1 import peer_pb2_grpc
 
 from layercast_agent import tls
-from layercast_agent.holdings import SERVER_OPTIONS, Holding, Holdings
+from layercast_agent.arena import Arena
+from layercast_agent.holdings import DEVICE_RANK, MEMORY_RANK, SERVER_OPTIONS, Holding, Holdings
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
 from layercast_agent.runner import TransferLimits, TransferOutcome, TransferRunner, UpstreamSpec
+from layercast_agent.transport.shm import ShmServer
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 
 TOKEN = b"a token that the chain shares"
@@ -61,18 +64,42 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         return await self._holdings.describe_regions(request, context)
 
 
+def hold(settings: dict[str, Any], checkpoint: Any, *, complete: bool) -> tuple[list[Any], Arena | None]:
+    """Memory of every segment: in an arena where processes of this machine are to map it."""
+    if not settings.get("memory_socket"):
+        return (checkpoint.memories() if complete else checkpoint.empty_memories()), None
+    unit = settings["chunk_bytes"]
+    arena = Arena(sum(settings["sizes"]) + (len(settings["sizes"]) + 1) * (unit + 4096))
+    memories: list[Any] = []
+    for data in checkpoint.data:
+        memory = arena.allocate(len(data), unit=unit)
+        for start in range(0, len(data) if complete else 0, unit):
+            part = data[start : start + unit]
+            memory.staging(start, len(part))[:] = part
+        memories.append(memory)
+    return memories, arena
+
+
 async def run(settings: dict[str, Any]) -> None:
     checkpoint = load_synthetic().make(settings["sizes"], chunk_bytes=settings["chunk_bytes"])
+    host = settings.get("host", "127.0.0.1")
     source = not settings["upstreams"]
-    memories = checkpoint.memories() if source else checkpoint.empty_memories()
+    memories, arena = hold(settings, checkpoint, complete=source)
     residency = Residency(checkpoint.manifest, complete=source)
     table, holdings = RegionTable(), Holdings()
     regions = tuple(table.add(memory) for memory in memories)
-    holdings.add(Holding(manifest=checkpoint.manifest, files={}, residency=residency, regions=regions))
+    rank = DEVICE_RANK if arena is None else MEMORY_RANK
+    holdings.add(
+        Holding(manifest=checkpoint.manifest, files={}, residency=residency, regions=regions, rank=rank)
+    )
     limiter = EgressLimiter(settings["egress_bytes_per_s"])
     secure = tls.Tls(Path(settings["tls_dir"])) if settings.get("tls_dir") else None
-    data = TcpServer(table, token=TOKEN, host="127.0.0.1", port=0, limiter=limiter, tls=secure)
+    data = TcpServer(table, token=TOKEN, host=host, port=0, limiter=limiter, tls=secure)
     data.start()
+    mapped = None
+    if arena is not None:
+        mapped = ShmServer(table, arena=arena, token=TOKEN, path=Path(settings["memory_socket"]))
+        mapped.start()
     plane = None
     if settings.get("nixl"):
         from layercast_agent.transport.nixl import NixlPlane
@@ -81,26 +108,38 @@ async def run(settings: dict[str, Any]) -> None:
         holdings.describe = plane.describe
     server = grpc.aio.server(interceptors=tls.interceptors(secure), options=SERVER_OPTIONS)
     peer_pb2_grpc.add_PeerServiceServicer_to_server(cast(Any, PeerServicer)(holdings), server)
-    port = tls.bind(server, "127.0.0.1:0", secure)
+    port = tls.bind(server, f"{host}:0", secure)
     await server.start()
-    say("ready", address=f"127.0.0.1:{port}", data_address=data.address)
+    say("ready", address=f"{host}:{port}", data_address=data.address)
 
     def fence() -> None:
         for region in regions:
             table.remove(region.region_id, deadline_s=5)
 
     await obey_stdin(
-        memories, fence, lambda: start_transfer(settings, checkpoint, memories, residency, plane)
+        memories,
+        fence,
+        functools.partial(
+            start_transfer, settings, checkpoint, memories, residency, plane=plane, secure=secure
+        ),
     )
     await server.stop(0)
     data.close()
+    if mapped is not None:
+        mapped.close()
     if settings.get("nixl"):
         os._exit(0)  # the library may crash when it is unloaded
 
 
 def start_transfer(
-    settings: dict[str, Any], checkpoint: Any, memories: Any, residency: Residency, plane: Any
-) -> None:
+    settings: dict[str, Any],
+    checkpoint: Any,
+    memories: Any,
+    residency: Residency,
+    *,
+    plane: Any,
+    secure: tls.Tls | None,
+) -> TransferRunner:
     def on_end(outcome: TransferOutcome) -> None:
         digest = hashlib.sha256()
         for memory in memories:
@@ -120,27 +159,47 @@ def start_transfer(
         manifest=checkpoint.manifest,
         memories=memories,
         residency=residency,
-        upstreams=[UpstreamSpec(**spec) for spec in settings["upstreams"]],
+        upstreams=upstreams_of(settings),
         generation=1,
         segment_order=(),
         token=TOKEN,
         on_segment=lambda segment: say("segment", segment=segment),
         on_end=on_end,
         limits=TransferLimits(**{"progress_deadline_s": 2.5, **settings.get("limits", {})}),
+        tls=secure,
         plane=plane,
     )
     runner.start()
+    return runner
 
 
-async def obey_stdin(memories: Any, fence: Callable[[], None], load: Callable[[], None]) -> None:
+def upstreams_of(settings: dict[str, Any]) -> list[UpstreamSpec]:
+    return [UpstreamSpec(**spec) for spec in settings["upstreams"]]
+
+
+async def obey_stdin(memories: Any, fence: Callable[[], None], load: Callable[[], TransferRunner]) -> None:
     reader = asyncio.StreamReader()
     await asyncio.get_running_loop().connect_read_pipe(
         lambda: asyncio.StreamReaderProtocol(reader), sys.stdin
     )
+    runner: TransferRunner | None = None
     while line := await reader.readline():
         match line.decode().split():
             case ["load"]:
-                load()
+                runner = load()
+            case ["again"]:
+                assert runner is not None
+                runner.replace_upstreams(upstreams_of(json.loads(sys.argv[1])), 2)
+            case ["status"]:
+                assert runner is not None
+                status = runner.status()
+                say(
+                    "status",
+                    stalled=status.stalled,
+                    reason=status.stall_reason,
+                    failures=status.failures,
+                    done=status.done_bytes,
+                )
             case ["fence"]:
                 fence()
                 say("fenced")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Faults:
 
 
 class MemoryNode:
-    """One holder: its checkpoint and what of it is there. `alive`, `stopped` and `rotten` are its faults."""
+    """One holder: its checkpoint and what of it is there; `alive`, `stopped`, `rotten` and `fenced` are its faults."""
 
     def __init__(
         self, name: str, *, manifest: Manifest, memories: Sequence[WritableMemory], residency: Residency
@@ -52,6 +53,7 @@ class MemoryNode:
         self.alive = True
         self.stopped = False
         self.rotten = False  # whatever it sends is altered
+        self.fenced = False  # its memory means something else by now
 
 
 class MemoryNetwork:
@@ -75,6 +77,11 @@ class MemoryNetwork:
     def pending(self) -> bool:
         """Whether anything will still happen."""
         return bool(self._agenda)
+
+    @property
+    def next_at(self) -> float:
+        """When the next thing happens; never, when nothing is pending."""
+        return self._agenda[0][0] if self._agenda else math.inf
 
     def step(self) -> None:
         """Go to the next moment at which something happens, and let it happen."""
@@ -186,6 +193,10 @@ class MemoryLink:
             self._end("the peer answered something that was not asked")
             return
         self._asked.remove(chunk)
+        if self.source.fenced:
+            reason = f"segment {chunk.segment} is not readable any more"
+            self._request.post(ev.FetchRefused(link=self._request.link, chunk=chunk, reason=reason))
+            return
         memory = self.source.memories[chunk.segment]
         data = bytearray(memory.view(*self._landing.range_of(chunk)))
         if self.source.rotten or self._network.rng.random() < self._network.faults.corrupt:

@@ -20,6 +20,7 @@ from layercast_agent import transfer_events as ev
 from layercast_agent.errors import PeerError, PeerLostError, PeerRefusedError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
+from layercast_agent.tls import Tls
 from layercast_agent.transfer_events import Chunk
 from layercast_agent.transport import LinkRequest, shm, wire
 from layercast_agent.transport.landing import Landing
@@ -108,9 +109,10 @@ class ShmLink:
         path: Path,
         token: bytes,
         connect_deadline_s: float,
+        tls: Tls | None = None,
         maps: ArenaMaps = MAPS,
     ) -> None:
-        """Starts at once."""
+        """Starts at once. `tls` is for residency; the bytes stay inside the machine."""
         self.received_bytes = 0
         self._request = request
         self._landing = landing
@@ -127,6 +129,7 @@ class ShmLink:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._watch = ResidencyWatch(
             address=request.upstream.address,
+            tls=tls,
             manifest=manifest,
             host_memory=True,
             on_segments=self._on_segments,

@@ -290,6 +290,7 @@ def open_link(
             path=request.upstream.memory_socket,
             token=token,
             connect_deadline_s=connect_deadline_s,
+            tls=tls,
         )
     if request.upstream.local_folder is not None:
         from layercast_agent.transport.disk import DiskLink
