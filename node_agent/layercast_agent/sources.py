@@ -1,4 +1,4 @@
-"""Where checkpoints come from: `file://`, `pvc://` and `hf://`, each resolved to a local folder.
+"""Where checkpoints come from: `file://`, `pvc://`, `hf://`, `s3://` and `gs://`, each resolved to a local folder.
 
 `parse_source` is pure and tells a bad source at once; `fetch` may take long and is where the hub's exceptions
 end. Their texts say whose fault it is, because the remedies differ: the ModelService names something that is not
@@ -8,15 +8,16 @@ there, the credentials do not suffice, or the network is away and nothing is wro
 from __future__ import annotations
 
 import errno
+import hashlib
 import re
 import threading
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from layercast_agent.errors import CheckpointError, NoCapacityError
+from layercast_agent.object_store import ObjectSource, Report, download
 
 PVC_ROOT = Path("/var/lib/layercast/pvc")
 
@@ -25,9 +26,6 @@ HUB_PATTERNS = ("model.safetensors", "model-*.safetensors", "*.json", "*.jinja")
 HUB_IGNORED = ("*/*",)
 
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-Report = Callable[[int, int], None]
-"""Called with (bytes fetched, bytes known to be needed)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +51,7 @@ class HubSource:
     revision: str
 
 
-Source = FolderSource | VolumeSource | HubSource
+Source = FolderSource | VolumeSource | HubSource | ObjectSource
 
 
 def parse_source(source: str, revision: str = "") -> Source:
@@ -72,13 +70,20 @@ def parse_source(source: str, revision: str = "") -> Source:
             return _parse_volume(source, parts.netloc, path)
         case "hf":
             return _parse_hub(source, parts.netloc + path, revision)
+        case "s3" | "gs":
+            return _parse_object(source, parts.scheme, parts.netloc, path=path, revision=revision)
         case _:
-            raise CheckpointError(f"source {source!r} has none of the schemes file://, pvc:// and hf://")
+            raise CheckpointError(
+                f"source {source!r} has none of the schemes file://, pvc://, hf://, s3:// and gs://"
+            )
 
 
-def fetch(source: Source, *, report: Report, pvc_root: Path = PVC_ROOT) -> Path:
+def fetch(
+    source: Source, *, report: Report, pvc_root: Path = PVC_ROOT, downloads: Path | None = None
+) -> Path:
     """The local folder of a source, downloaded when it is remote; downloads resume where they stopped.
 
+    Objects of buckets come into folders below `downloads`; hf:// has a cache of its own.
     CheckpointError says whose fault it is when there is no such folder.
     """
     match source:
@@ -88,6 +93,14 @@ def fetch(source: Source, *, report: Report, pvc_root: Path = PVC_ROOT) -> Path:
             return _volume_folder(pvc_root / claim, path)
         case HubSource():
             return _download(source, report)
+        case ObjectSource():
+            assert downloads is not None, "buckets need a place for what they send"
+            return download(source, download_folder(downloads, source), patterns=HUB_PATTERNS, report=report)
+
+
+def download_folder(downloads: Path, source: ObjectSource) -> Path:
+    """Where the objects of a source are gathered."""
+    return downloads / hashlib.sha256(str(source).encode()).hexdigest()[:32]
 
 
 def _parse_folder(source: str, host: str, path: str) -> FolderSource:
@@ -115,6 +128,16 @@ def _parse_hub(source: str, name: str, revision: str) -> HubSource:
     if inline and revision and inline != revision:
         raise CheckpointError(f"source {source!r} names revision {inline}, spec.model.revision {revision}")
     return HubSource(repository=repository, revision=inline or revision)
+
+
+def _parse_object(source: str, scheme: str, bucket: str, *, path: str, revision: str) -> ObjectSource:
+    if not re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", bucket) or ".." in Path(path).parts:
+        raise CheckpointError(f"source {source!r} must be {scheme}://bucket/path")
+    if revision:
+        raise CheckpointError(
+            f"source {source!r} is a bucket, which has no revisions: spec.model.revision must be empty"
+        )
+    return ObjectSource(scheme=scheme, bucket=bucket, prefix=path.strip("/"))
 
 
 def _existing(folder: Path, named: str) -> Path:

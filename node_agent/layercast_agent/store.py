@@ -4,6 +4,7 @@
     <root>/keys/<key>.json      which digest a caller's key led to
     <root>/locks/<key>.lock     held while the key is prepared, by whichever process
     <root>/.packing-<key>/      a packing in progress, or what a crash left of it
+    <root>/downloads/<source>/  objects of a bucket until they are packed; a download that was stopped goes on there
 
 A packing is written aside, flushed and renamed, so a folder named by a digest is complete whenever it is there.
 Locks belong to open files: the kernel frees those of a process that dies.
@@ -30,13 +31,15 @@ from urllib.parse import quote
 from layercast_agent.checkpoint_files import PackedCheckpoint, read_files
 from layercast_agent.errors import CheckpointError, NoCapacityError
 from layercast_agent.layout import CHUNK_BYTES, Manifest
+from layercast_agent.object_store import ObjectSource
 from layercast_agent.packing import flush_folder, pack
 from layercast_agent.source_checkpoint import open_source
-from layercast_agent.sources import PVC_ROOT, fetch, parse_source
+from layercast_agent.sources import PVC_ROOT, Source, download_folder, fetch, parse_source
 
 log = logging.getLogger(__name__)
 
 PACKING_PREFIX = ".packing-"
+DOWNLOADS = "downloads"
 SPARE_BYTES = 64 * 1024 * 1024  # left free on the disk, for small files and everybody else
 KEY_NAME_BYTES_MAX = 160
 
@@ -117,11 +120,19 @@ class Store:
             known = self._remembered(wanted)
             if known is not None:
                 return known
-            folder = fetch(parsed, report=_reporter(progress, Phase.FETCHING), pvc_root=self._pvc_root)
-            try:
-                manifest = self._pack(wanted, folder, _reporter(progress, Phase.PACKING))
-            except OSError as error:
-                raise _disk_error(error, self._root) from error
+            with self._downloading(parsed):
+                folder = fetch(
+                    parsed,
+                    report=_reporter(progress, Phase.FETCHING),
+                    pvc_root=self._pvc_root,
+                    downloads=self._root / DOWNLOADS,
+                )
+                try:
+                    manifest = self._pack(wanted, folder, _reporter(progress, Phase.PACKING))
+                except OSError as error:
+                    raise _disk_error(error, self._root) from error
+                if isinstance(parsed, ObjectSource) and ranks == 1:  # other ranks of this node want it too
+                    shutil.rmtree(folder, ignore_errors=True)
         return manifest
 
     def lookup(self, key: str) -> Manifest | None:
@@ -245,6 +256,15 @@ class Store:
         """Holds a lock against other threads and processes. BlockingIOError when it is taken and `wait` is false."""
         with (self._root / "locks" / f"{name}.lock").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield
+
+    @contextlib.contextmanager
+    def _downloading(self, source: Source) -> Iterator[None]:
+        """Two keys of one bucket's folder gather it one after the other."""
+        if not isinstance(source, ObjectSource):
+            yield
+            return
+        with self._locked(f"download-{download_folder(self._root, source).name}"):
             yield
 
     def _remove_leftovers(self) -> None:

@@ -18,7 +18,7 @@ from layercast_operator.errors import ModelServiceError
 
 API_VERSION = "layercast.dev/v1alpha1"
 KIND = "ModelService"
-SOURCE_SCHEMES = ("file://", "hf://", "pvc://")
+SOURCE_SCHEMES = ("file://", "gs://", "hf://", "pvc://", "s3://")
 DTYPES = ("", "float32", "bfloat16", "float16")
 ENGINES = ("auto", "generic", "fast")
 # A replica id is `<name>-<6 characters>` and ends up in labels of 63 characters.

@@ -14,11 +14,12 @@ def _model() -> Schema:
         "Which parameters are served.",
         {
             "source": text(
-                "Where the checkpoint is: hf://organisation/name, file:///absolute/path on the nodes, or "
-                "pvc://claim/path. Safetensors only; pickled files are refused.",
+                "Where the checkpoint is: hf://organisation/name, s3://bucket/path, gs://bucket/path, "
+                "file:///absolute/path on the nodes, or pvc://claim/path. Safetensors only; pickled files are "
+                "refused.",
                 minLength=8,
                 maxLength=1024,
-                pattern="^(hf|file|pvc)://.+",
+                pattern="^(hf|file|pvc|s3|gs)://.+",
             ),
             "revision": text(
                 "Branch, tag or commit of an hf source. A change is rolled out: new replicas load it before old "

@@ -80,7 +80,7 @@ async def test_prepared_then_found_again(
 @pytest.mark.parametrize(
     ("request_", "text"),
     [
-        (prepare("s3://bucket/model"), "s3://bucket/model"),
+        (prepare("ftp://bucket/model"), "ftp://bucket/model"),
         (prepare("file://relative/model"), "file:///absolute/path"),
         (prepare("file:///model", key=""), "key is missing"),
     ],

@@ -84,7 +84,7 @@ def test_the_least_that_is_needed() -> None:
         ("low: 0.5", "low: 0.9", "spec.scaling.targets.queueSeconds.high: is 0.7, must be at least low"),
         ("high: 0.95", "high: 1.5", "kvUtilization.high: is 1.5, must be at most 1"),
         ("low: 0.5", "low: .nan", "queueSeconds.low: must be a number"),
-        ("file:///abs", "s3://abs", "must start with one of file://, hf://, pvc://"),
+        ("file:///abs", "ftp://abs", "must start with one of file://, gs://, hf://, pvc://, s3://"),
         ("dtype: float32", "dtype: fp32", "spec.model.dtype: is 'fp32', must be one of"),
         ("name: smollm2", "name: Smol_LM", "metadata.name: is 'Smol_LM', must be"),
         ("v1alpha1", "v1", "apiVersion: must be 'layercast.dev/v1alpha1'"),

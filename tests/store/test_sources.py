@@ -52,7 +52,7 @@ def test_sources_are_understood(text: str, revision: str, source: Source) -> Non
     [
         ("", "none of the schemes"),
         ("/models/a", "none of the schemes"),
-        ("s3://bucket/a", "none of the schemes"),
+        ("ftp://bucket/a", "none of the schemes"),
         ("org/name", "none of the schemes"),
         ("file://models/a", "file:///absolute/path"),
         ("file://", "file:///absolute/path"),

@@ -793,7 +793,9 @@ class PrepareCheckpointRequest(_message.Message):
     key: _builtins.str
     """Chosen by the caller: one key, one (source, revision, dtype, rank, ranks)."""
     source: _builtins.str
-    """`file:///path`, `hf://org/name` or `pvc://claim/path`."""
+    """`file:///path`, `hf://org/name`, `pvc://claim/path`, `s3://bucket/path` or
+    `gs://bucket/path`.
+    """
     revision: _builtins.str
     """Branch, tag or commit for hf; empty means the default."""
     dtype: _builtins.str
