@@ -137,6 +137,12 @@ class FleetNode(agent_pb2_grpc.AgentServiceServicer):
         await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "there is no host pool here")
         raise AssertionError("abort raises")
 
+    async def KeepCheckpoints(  # noqa: N802, RUF100
+        self, request: pb.KeepCheckpointsRequest, context: object
+    ) -> pb.KeepCheckpointsResponse:
+        """Keeps everything."""
+        return pb.KeepCheckpointsResponse()
+
     async def DropHostCopy(  # noqa: N802, RUF100
         self, request: Any, context: Any
     ) -> pb.DropHostCopyResponse:

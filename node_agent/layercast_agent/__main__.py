@@ -54,6 +54,7 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("devices", "cpu:N, cuda, or cuda:0,1", default="cuda")
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
     flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
+    flag("store-bytes-max", "what packed checkpoints may take on disk; 0: no limit", default="0", kind=int)
     flag("reserve-bytes", "host memory that a CPU worker touches before it loads", default="0", kind=int)
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
     flag("rdma", "auto, require or off: read from other workers by RDMA", default="auto", kind=Rdma)

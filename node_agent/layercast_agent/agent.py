@@ -119,7 +119,12 @@ class Agent:
             disk_bytes_per_s=self.disk_bytes_per_s,
             leaf=self._settings.leaf,
             leaving=self.leaving,
+            store=self.checkpoints.store_status(),
         )
+
+    def digests(self) -> tuple[str, ...]:
+        """Checkpoints of this node's replicas. From any thread."""
+        return tuple(assignment.request.digest for assignment in list(self._assignments.values()))
 
     async def start_replica(self, request: pb.StartReplicaRequest) -> str:
         """AgentService.StartReplica; returns the device. CommandError with a code of its table."""

@@ -15,6 +15,7 @@ import os
 import queue
 import threading
 import time
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from layercast_agent.holdings import DISK_RANK, Holding, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
+from layercast_agent.room import choose
 from layercast_agent.sources import parse_source
 from layercast_agent.store import Phase, Progress, Store
 from layercast_agent.tensor_parallel import DEGREES
@@ -61,10 +63,19 @@ class Wanted:
 class Checkpoints:
     """What this node's disk holds and prepares. Thread-safe."""
 
-    def __init__(self, *, store: Store, holdings: Holdings, regions: RegionTable) -> None:
+    def __init__(
+        self, *, store: Store, holdings: Holdings, regions: RegionTable, store_bytes_max: int = 0
+    ) -> None:
         self._store = store
         self._holdings = holdings
         self._regions = regions
+        self.store_bytes_max = store_bytes_max
+        self.removed = 0
+        """Checkpoints that made room for others since the start."""
+        self.in_use: Callable[[], Collection[str]] = tuple
+        """Digests that this node's replicas and host copies have or load."""
+        self._kept_keys: frozenset[str] | None = None
+        store.make_room = self._make_room
         self._lock = threading.Lock()
         self._wanted: dict[str, Wanted] = {}
         self._known: dict[str, pb.Checkpoint] = {}  # by key
@@ -132,13 +143,75 @@ class Checkpoints:
             named = {checkpoint.digest for checkpoint in self._known.values()}
             return [*self._known.values(), *(c for c in self._found.values() if c.digest not in named)]
 
+    def keep(self, keys: Collection[str]) -> None:
+        """AgentService.KeepCheckpoints: what these keys lead to stays, others may make room."""
+        self._kept_keys = frozenset(keys)
+
+    def store_status(self) -> pb.Store:
+        """How full the disk's share is."""
+        used_bytes = sum(manifest.nbytes for manifest in self._store.manifests().values())
+        return pb.Store(
+            capacity_bytes=self.store_bytes_max, used_bytes=used_bytes, checkpoints_removed=self.removed
+        )
+
     def held(self, digest: str) -> Holding | None:
-        """The complete copy on this node's disk, if there is one."""
-        return self._holdings.get(digest, rank=DISK_RANK)
+        """The complete copy on this node's disk, if there is one; whoever asks is about to use it."""
+        held = self._holdings.get(digest, rank=DISK_RANK)
+        if held is not None:
+            self._store.use(digest)
+        return held
 
     def folder(self, digest: str) -> Path:
         """Where a copy that is held lies."""
         return self._store.folder(digest)
+
+    def _make_room(self, nbytes: int) -> None:
+        """On the preparing thread, before a packing. NoCapacityError when too much is wanted or in use."""
+        kept = self._kept_keys
+        wanted = None
+        if kept is not None:
+            manifests = [self._store.lookup(key) for key in kept]
+            wanted = {manifest.digest for manifest in manifests if manifest is not None}
+        for one in choose(
+            self._store.packed(),
+            need_bytes=nbytes,
+            bytes_max=self.store_bytes_max,
+            used={*self.in_use(), *self._read_by_peers()},
+            wanted=wanted,
+        ):
+            self._withdraw(one.digest)
+            self._store.remove(one.digest)
+            self.removed += 1
+            log.info("a checkpoint made room for another", extra={"digest": one.digest, "bytes": one.nbytes})
+
+    def _read_by_peers(self) -> set[str]:
+        with self._lock:
+            digests = list(self._packed)
+        found = set()
+        for digest in digests:
+            held = self._holdings.get(digest, rank=DISK_RANK)
+            if held is not None and (
+                self._holdings.followers(held)
+                or any(self._regions.readers(region.region_id) for region in held.regions)
+            ):
+                found.add(digest)
+        return found
+
+    def _withdraw(self, digest: str) -> None:
+        """No peer is told of it any more, and those that read a chunk are waited for."""
+        held = self._holdings.get(digest, rank=DISK_RANK)
+        self._holdings.remove(digest, rank=DISK_RANK)
+        with self._lock:
+            packed = self._packed.pop(digest, None)
+            self._found.pop(digest, None)
+            for key in [key for key, known in self._known.items() if known.digest == digest]:
+                del self._known[key], self._wanted[key]
+        for region in held.regions if held is not None else ():
+            # Files that are gone stay readable to whoever has them open, so nobody is cut off either way.
+            with contextlib.suppress(NoCapacityError):
+                self._regions.remove(region.region_id, deadline_s=RELEASE_S)
+        if packed is not None:
+            packed.close()
 
     def _prepare_all(self) -> None:
         while True:

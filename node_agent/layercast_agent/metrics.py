@@ -75,10 +75,7 @@ def families(seen: Observation) -> Iterator[Metric]:
         pb.CheckpointState,
         Counter(checkpoint.state for checkpoint in seen.status.checkpoints),
     )
-    on_disk = {c.digest: sum(c.segment_bytes) for c in seen.status.checkpoints if c.on_disk}
-    yield GaugeMetricFamily(
-        "layercast_agent_disk_checkpoint_bytes", "Packed checkpoints on disk.", value=sum(on_disk.values())
-    )
+    yield from _disk(seen.status)
     pool = seen.status.host_pool
     yield GaugeMetricFamily(
         "layercast_agent_host_pool_bytes", "Host memory for copies of checkpoints.", value=pool.capacity_bytes
@@ -92,11 +89,6 @@ def families(seen: Observation) -> Iterator[Metric]:
         pb.HostCopyState,
         Counter(copy.state for copy in pool.copies),
     )
-    yield GaugeMetricFamily(
-        "layercast_agent_disk_bytes_per_second",
-        "Read rate of the store, measured at start; 0 until then.",
-        value=seen.status.disk_bytes_per_s,
-    )
     if seen.certificate_expires_at is not None:
         expiry = GaugeMetricFamily(
             "layercast_certificate_expiry_timestamp_seconds",
@@ -107,6 +99,29 @@ def families(seen: Observation) -> Iterator[Metric]:
         yield expiry
     yield from _arriving(seen.status.replicas)
     yield from _memory(seen.status.replicas)
+
+
+def _disk(status: pb.GetStatusResponse) -> Iterator[Metric]:
+    """How full and how fast the node's disk is."""
+    on_disk = {c.digest: sum(c.segment_bytes) for c in status.checkpoints if c.on_disk}
+    yield GaugeMetricFamily(
+        "layercast_agent_disk_checkpoint_bytes", "Packed checkpoints on disk.", value=sum(on_disk.values())
+    )
+    yield GaugeMetricFamily(
+        "layercast_agent_disk_capacity_bytes",
+        "What packed checkpoints may take; 0: as much as the disk has.",
+        value=status.store.capacity_bytes,
+    )
+    yield CounterMetricFamily(
+        "layercast_agent_disk_checkpoints_removed",
+        "Packed checkpoints that made room for others.",
+        value=status.store.checkpoints_removed,
+    )
+    yield GaugeMetricFamily(
+        "layercast_agent_disk_bytes_per_second",
+        "Read rate of the store, measured at start; 0 until then.",
+        value=status.disk_bytes_per_s,
+    )
 
 
 def _arriving(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:

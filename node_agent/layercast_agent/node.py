@@ -85,24 +85,24 @@ async def running(
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_owned(settings.run_dir))
         store = await asyncio.to_thread(Store, settings.store_dir, pvc_root=settings.pvc_root)
-        checkpoints = Checkpoints(store=store, holdings=holdings, regions=regions)
+        checkpoints = Checkpoints(
+            store=store, holdings=holdings, regions=regions, store_bytes_max=settings.store_bytes_max
+        )
         pool = HostPool(
             arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token, tls=tls
+        )
+        copies = HostCopies(
+            node=settings.node, pool=pool, checkpoints=checkpoints, socket=settings.memory_socket, tls=tls
         )
         agent = Agent(
             settings=settings,
             checkpoints=checkpoints,
-            host_copies=HostCopies(
-                node=settings.node,
-                pool=pool,
-                checkpoints=checkpoints,
-                socket=settings.memory_socket,
-                tls=tls,
-            ),
+            host_copies=copies,
             tls=tls,
             limits=limits,
             deadlines=deadlines,
         )
+        checkpoints.in_use = lambda: {*agent.digests(), *pool.digests()}
         if pool.arena.nbytes:
             _serve_memory(settings, regions, pool.arena, token, stack)
         agent.peer.data_address = _serve_data(settings, regions, token, tls, stack)

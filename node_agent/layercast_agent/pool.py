@@ -87,6 +87,11 @@ class HostPool:
             copy = self._copies.get(digest)
             return copy is not None and not copy.dropping and not copy.error
 
+    def digests(self) -> tuple[str, ...]:
+        """Of all copies, whatever their state."""
+        with self._lock:
+            return tuple(self._copies)
+
     def holding(self, digest: str) -> Holding | None:
         """What peers are told of a copy."""
         return self._holdings.get(digest, rank=MEMORY_RANK)

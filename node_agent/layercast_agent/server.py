@@ -62,6 +62,13 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             self._agent.checkpoints.prepare(wanted)
         return pb.PrepareCheckpointResponse()
 
+    async def KeepCheckpoints(
+        self, request: pb.KeepCheckpointsRequest, context: ServicerContext[Any, Any]
+    ) -> pb.KeepCheckpointsResponse:
+        """Remembers what must not make room for others."""
+        self._agent.checkpoints.keep(request.keys)
+        return pb.KeepCheckpointsResponse()
+
     async def StartReplica(
         self, request: pb.StartReplicaRequest, context: ServicerContext[Any, Any]
     ) -> pb.StartReplicaResponse:

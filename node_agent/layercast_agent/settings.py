@@ -93,6 +93,9 @@ class AgentSettings:
     host_pool_bytes: int = 0
     """Host memory for copies of checkpoints, taken at the start and never exceeded; 0 keeps none."""
 
+    store_bytes_max: int = 0
+    """What packed checkpoints may take on disk; the least recently used that nobody wants make room. 0: no limit."""
+
     engine: str = "auto"
     """Block implementation of models that ask for none: one of ENGINES."""
 
@@ -133,6 +136,7 @@ class AgentSettings:
                 self.host_pool_bytes >= 0,
                 "0 (no copies in host memory) or a number of bytes",
             ),
+            ("--store-bytes-max", self.store_bytes_max >= 0, "0 (no limit) or a number of bytes"),
             ("--engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("--egress-bytes-per-s", self.egress_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
             ("--leave-grace-s", self.leave_grace_s >= 0, "0 or more seconds"),

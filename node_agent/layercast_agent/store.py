@@ -4,6 +4,7 @@
     <root>/keys/<key>.json      which digest a caller's key led to
     <root>/locks/<key>.lock     held while the key is prepared, by whichever process
     <root>/.packing-<key>/      a packing in progress, or what a crash left of it
+    <root>/.removing-<digest>/  one that made room for another, or what a crash left of it
     <root>/downloads/<source>/  objects of a bucket until they are packed; a download that was stopped goes on there
 
 A packing is written aside, flushed and renamed, so a folder named by a digest is complete whenever it is there.
@@ -33,12 +34,14 @@ from layercast_agent.errors import CheckpointError, NoCapacityError
 from layercast_agent.layout import CHUNK_BYTES, Manifest
 from layercast_agent.object_store import ObjectSource
 from layercast_agent.packing import flush_folder, pack
+from layercast_agent.room import Packed
 from layercast_agent.source_checkpoint import open_source
 from layercast_agent.sources import PVC_ROOT, Source, download_folder, fetch, parse_source
 
 log = logging.getLogger(__name__)
 
 PACKING_PREFIX = ".packing-"
+REMOVING_PREFIX = ".removing-"
 DOWNLOADS = "downloads"
 SPARE_BYTES = 64 * 1024 * 1024  # left free on the disk, for small files and everybody else
 KEY_NAME_BYTES_MAX = 160
@@ -88,6 +91,8 @@ class Store:
         self._mutex = threading.Lock()
         self._manifests: dict[str, Manifest] = {}
         self._damaged: set[str] = set()
+        self.make_room: Callable[[int], None] = lambda nbytes: None
+        """Called before so many bytes are packed; what it raises stops the packing."""
         for name in ("keys", "locks"):
             (root / name).mkdir(parents=True, exist_ok=True)
         self._remove_leftovers()
@@ -145,6 +150,30 @@ class Store:
         with self._mutex:
             return dict(self._manifests)
 
+    def packed(self) -> list[Packed]:
+        """What is on disk, and when each was last used."""
+        found = []
+        for digest, manifest in self.manifests().items():
+            with contextlib.suppress(FileNotFoundError):  # another process of this root removed it
+                used_at = (self._root / digest).stat().st_mtime
+                found.append(Packed(digest=digest, nbytes=manifest.nbytes, used_at=used_at))
+        return found
+
+    def use(self, digest: str) -> None:
+        """Remember that a checkpoint was used now. The folder's time of change says it, so it survives the process."""
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(self._root / digest)
+
+    def remove(self, digest: str) -> None:
+        """Take a checkpoint off the disk; unknown ones succeed. Whoever has its files open goes on reading."""
+        aside = self._root / f"{REMOVING_PREFIX}{digest}"
+        with self._locked("install"):
+            with self._mutex:
+                self._manifests.pop(digest, None)
+            with contextlib.suppress(FileNotFoundError):
+                (self._root / digest).rename(aside)
+        shutil.rmtree(aside, ignore_errors=True)
+
     def folder(self, digest: str) -> Path:
         """Where a checkpoint lies. CheckpointError when it is not here."""
         if self._admit(digest) is None:
@@ -190,6 +219,7 @@ class Store:
             self._manifests[manifest.digest] = manifest
 
     def _reserve(self, nbytes: int) -> None:
+        self.make_room(nbytes)
         free = shutil.disk_usage(self._root).free
         if free < nbytes + SPARE_BYTES:
             raise NoCapacityError(
@@ -268,6 +298,8 @@ class Store:
             yield
 
     def _remove_leftovers(self) -> None:
+        for removing in self._root.glob(f"{REMOVING_PREFIX}*"):
+            shutil.rmtree(removing, ignore_errors=True)
         for staging in self._root.glob(f"{PACKING_PREFIX}*"):
             # A lock that is taken means that the packing is alive.
             with (

@@ -100,6 +100,8 @@ class _Line:
     address: str
     channel: grpc.aio.Channel
     stub: agent_pb2_grpc.AgentServiceAsyncStub
+    kept: tuple[str, frozenset[str]] | None = None
+    """Which start of the agent was told last which keys to keep."""
     told: tuple[pb.GetStatusResponse, Node] | None = None
     """The last answer, and what was read in it."""
 
@@ -111,6 +113,8 @@ class AgentCalls:
         self._tls = tls
         self._tls_version: object = None
         self._lines: dict[str, _Line] = {}
+        self.wanted: frozenset[str] | None = None
+        """Keys of the checkpoints of all ModelServices; None while they are not known, and then nobody is told."""
 
     async def set_addresses(self, addresses: Mapping[str, str]) -> None:
         """Who the agents are from now on; connections to others are closed."""
@@ -133,6 +137,7 @@ class AgentCalls:
         """What the agent of `node` tells. Raises AgentCallError."""
         line = self._line(node)
         answer = await _answer(node, line.stub.GetStatus(pb.GetStatusRequest(), timeout=deadline_s))
+        await self._tell_what_is_wanted(node, line, answer.instance_id)
         if line.told is not None and line.told[0] == answer:
             # Most answers of a calm cluster are the one before; comparing is cheaper than reading.
             told = dataclasses.replace(line.told[1], polled_at=polled_at)
@@ -140,6 +145,19 @@ class AgentCalls:
             told = node_of(answer, name=node, polled_at=polled_at)
         line.told = (answer, told)
         return told
+
+    async def _tell_what_is_wanted(self, node: str, line: _Line, instance_id: str) -> None:
+        """Once for each start of an agent and each change; a failure is made up for at the next look."""
+        if self.wanted is None or line.kept == (instance_id, self.wanted):
+            return
+        wanted = self.wanted
+        keep = pb.KeepCheckpointsRequest(keys=sorted(wanted))
+        try:
+            await _answer(node, line.stub.KeepCheckpoints(keep, timeout=CALL_DEADLINE_S))
+        except AgentCallError as error:
+            if error.code != "UNIMPLEMENTED":  # an agent of an earlier version removes nothing
+                return
+        line.kept = (instance_id, wanted)
 
     async def carry_out(self, action: Action) -> None:
         """One command. Raises AgentCallError."""

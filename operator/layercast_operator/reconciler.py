@@ -114,6 +114,8 @@ class Reconciler:
     async def pass_once(self) -> None:
         """One look at everything, one turn for each model."""
         desired = await self.cluster.desired()
+        if desired.complete and not desired.problem:
+            self.observer.calls.wanted = frozenset(model.model.key for model in desired.models)
         await self.observer.set_cluster(desired.agents, desired.gateways, desired.nodes)
         names = [model.name for model in desired.models]
         if self.observer.prometheus is not None:

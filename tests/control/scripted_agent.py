@@ -30,6 +30,8 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
         self.checkpoints: dict[str, pb.Checkpoint] = {}
         self.replicas: dict[str, pb.Replica] = {}
         self.requests: list[Any] = []
+        self.kept: list[set[str]] = []
+        self.old = False  # of a version before KeepCheckpoints
         self.refuse: dict[str, tuple[grpc.StatusCode, str]] = {}
         self.memory_bytes = 100_000
         # Answers after StartReplica in which the worker's addresses are not known yet, as with the real agent.
@@ -107,6 +109,12 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
             on_disk=True,
         )
         return pb.PrepareCheckpointResponse()
+
+    async def KeepCheckpoints(self, request: Any, context: Any) -> pb.KeepCheckpointsResponse:
+        self.kept.append(set(request.keys))  # a fact that is told, not something to do
+        if self.old:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "what?")
+        return pb.KeepCheckpointsResponse()
 
     async def StartReplica(self, request: Any, context: Any) -> pb.StartReplicaResponse:
         await self._note(request, context)

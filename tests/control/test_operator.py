@@ -346,3 +346,20 @@ async def test_health(cluster: Cluster, eventually: Eventually) -> None:
         for path in ("healthz", "readyz"):
             async with session.get(f"http://{cluster.metrics_address}/{path}") as answer:
                 assert answer.status == 200
+
+
+async def test_agents_are_told_once_which_checkpoints_are_wanted(
+    cluster: Cluster, eventually: Eventually
+) -> None:
+    """And again after each change; one of an earlier version, which knows no such call, is not asked for ever."""
+    agents = list(cluster.agents.values())
+    agents[0].old = True
+    cluster.service("m")
+    await eventually(lambda: all(any(agent.kept[-1:]) for agent in agents))
+    only = agents[0].kept[-1]
+    cluster.service("n")
+    await eventually(lambda: all(len(agent.kept[-1]) == 2 for agent in agents))
+    told = [len(agent.kept) for agent in agents]
+    (cluster.root / "modelservices" / "n.yaml").unlink()
+    await eventually(lambda: all(agent.kept[-1] == only for agent in agents))
+    assert [len(agent.kept) for agent in agents] == [count + 1 for count in told]

@@ -204,6 +204,7 @@ class GetStatusResponse(_message.Message):
     HOST_POOL_FIELD_NUMBER: _builtins.int
     STARTED_AT_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    STORE_FIELD_NUMBER: _builtins.int
     node: _builtins.str
     """Name of the node."""
     instance_id: _builtins.str
@@ -242,6 +243,10 @@ class GetStatusResponse(_message.Message):
     def started_at(self) -> _timestamp_pb2.Timestamp:
         """When this agent started."""
 
+    @_builtins.property
+    def store(self) -> Global___Store:
+        """Packed checkpoints on this node's disk."""
+
     def __init__(
         self,
         *,
@@ -257,14 +262,45 @@ class GetStatusResponse(_message.Message):
         host_pool: Global___HostPool | None = ...,
         started_at: _timestamp_pb2.Timestamp | None = ...,
         leaving: _builtins.bool = ...,
+        store: Global___Store | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["host_pool", b"host_pool", "peer", b"peer", "started_at", b"started_at"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["host_pool", b"host_pool", "peer", b"peer", "started_at", b"started_at", "store", b"store"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "host_pool", b"host_pool", "instance_id", b"instance_id", "leaf", b"leaf", "leaving", b"leaving", "node", b"node", "peer", b"peer", "replicas", b"replicas", "started_at", b"started_at"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["checkpoints", b"checkpoints", "devices", b"devices", "disk_bytes_per_s", b"disk_bytes_per_s", "egress_bytes_per_s", b"egress_bytes_per_s", "host_pool", b"host_pool", "instance_id", b"instance_id", "leaf", b"leaf", "leaving", b"leaving", "node", b"node", "peer", b"peer", "replicas", b"replicas", "started_at", b"started_at", "store", b"store"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class Store(_message.Message):
+    """Store is a node's disk of packed checkpoints."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
+    USED_BYTES_FIELD_NUMBER: _builtins.int
+    CHECKPOINTS_REMOVED_FIELD_NUMBER: _builtins.int
+    capacity_bytes: _builtins.int
+    """Bytes that packed checkpoints may take; 0 when only the disk limits them."""
+    used_bytes: _builtins.int
+    """Bytes that they take."""
+    checkpoints_removed: _builtins.int
+    """Checkpoints that were removed since the agent's start, so that others had room."""
+    def __init__(
+        self,
+        *,
+        capacity_bytes: _builtins.int = ...,
+        used_bytes: _builtins.int = ...,
+        checkpoints_removed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "checkpoints_removed", b"checkpoints_removed", "used_bytes", b"used_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Store: _TypeAlias = Store  # noqa: Y015
 
 @_typing.final
 class HostPool(_message.Message):
@@ -777,6 +813,47 @@ class ReplicaTimeline(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaTimeline: _TypeAlias = ReplicaTimeline  # noqa: Y015
+
+@_typing.final
+class KeepCheckpointsRequest(_message.Message):
+    """KeepCheckpointsRequest lists what is wanted."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    KEYS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def keys(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """As in PrepareCheckpointRequest."""
+
+    def __init__(
+        self,
+        *,
+        keys: _abc.Iterable[_builtins.str] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepCheckpointsRequest: _TypeAlias = KeepCheckpointsRequest  # noqa: Y015
+
+@_typing.final
+class KeepCheckpointsResponse(_message.Message):
+    """KeepCheckpointsResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___KeepCheckpointsResponse: _TypeAlias = KeepCheckpointsResponse  # noqa: Y015
 
 @_typing.final
 class PrepareCheckpointRequest(_message.Message):

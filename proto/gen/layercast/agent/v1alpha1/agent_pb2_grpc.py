@@ -45,6 +45,11 @@ class AgentServiceStub(object):
                 request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointRequest.SerializeToString,
                 response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointResponse.FromString,
                 _registered_method=True)
+        self.KeepCheckpoints = channel.unary_unary(
+                '/layercast.agent.v1alpha1.AgentService/KeepCheckpoints',
+                request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsRequest.SerializeToString,
+                response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsResponse.FromString,
+                _registered_method=True)
         self.StartReplica = channel.unary_unary(
                 '/layercast.agent.v1alpha1.AgentService/StartReplica',
                 request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartReplicaRequest.SerializeToString,
@@ -99,6 +104,17 @@ class AgentServiceServicer(object):
         |-----------------------------|---------------------|-----------------------------|
         | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
         | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def KeepCheckpoints(self, request, context):
+        """KeepCheckpoints says which keys existing ModelServices stand for, all of
+        them. When another checkpoint needs room on a disk whose share is limited,
+        those that no such key leads to are removed, least recently used first, and
+        never one that is in use on this node. Until it is called nothing is removed.
+        A later call replaces the one before.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -200,6 +216,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointRequest.FromString,
                     response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointResponse.SerializeToString,
             ),
+            'KeepCheckpoints': grpc.unary_unary_rpc_method_handler(
+                    servicer.KeepCheckpoints,
+                    request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsRequest.FromString,
+                    response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsResponse.SerializeToString,
+            ),
             'StartReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.StartReplica,
                     request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartReplicaRequest.FromString,
@@ -286,6 +307,33 @@ class AgentService(object):
             '/layercast.agent.v1alpha1.AgentService/PrepareCheckpoint',
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointRequest.SerializeToString,
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.PrepareCheckpointResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def KeepCheckpoints(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.agent.v1alpha1.AgentService/KeepCheckpoints',
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsRequest.SerializeToString,
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.KeepCheckpointsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -52,6 +52,13 @@ class AgentServiceStub:
     | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
     | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
     """
+    KeepCheckpoints: _grpc.UnaryUnaryMultiCallable[_agent_pb2.KeepCheckpointsRequest, _agent_pb2.KeepCheckpointsResponse]
+    """KeepCheckpoints says which keys existing ModelServices stand for, all of
+    them. When another checkpoint needs room on a disk whose share is limited,
+    those that no such key leads to are removed, least recently used first, and
+    never one that is in use on this node. Until it is called nothing is removed.
+    A later call replaces the one before.
+    """
     StartReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.StartReplicaRequest, _agent_pb2.StartReplicaResponse]
     """StartReplica assigns a warm, idle worker to a model and plans its memory.
     Post-condition: the replica is in GetStatus with no segment resident. The
@@ -131,6 +138,13 @@ class AgentServiceAsyncStub(AgentServiceStub):
     |-----------------------------|---------------------|-----------------------------|
     | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
     | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
+    """
+    KeepCheckpoints: _aio.UnaryUnaryMultiCallable[_agent_pb2.KeepCheckpointsRequest, _agent_pb2.KeepCheckpointsResponse]  # type: ignore[assignment]
+    """KeepCheckpoints says which keys existing ModelServices stand for, all of
+    them. When another checkpoint needs room on a disk whose share is limited,
+    those that no such key leads to are removed, least recently used first, and
+    never one that is in use on this node. Until it is called nothing is removed.
+    A later call replaces the one before.
     """
     StartReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.StartReplicaRequest, _agent_pb2.StartReplicaResponse]  # type: ignore[assignment]
     """StartReplica assigns a warm, idle worker to a model and plans its memory.
@@ -220,6 +234,19 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         |-----------------------------|---------------------|-----------------------------|
         | source scheme unknown       | INVALID_ARGUMENT    | reports it on ModelService  |
         | no such rank                | INVALID_ARGUMENT    | reports it on ModelService  |
+        """
+
+    @_abc_1.abstractmethod
+    def KeepCheckpoints(
+        self,
+        request: _agent_pb2.KeepCheckpointsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.KeepCheckpointsResponse, _abc.Awaitable[_agent_pb2.KeepCheckpointsResponse]]:
+        """KeepCheckpoints says which keys existing ModelServices stand for, all of
+        them. When another checkpoint needs room on a disk whose share is limited,
+        those that no such key leads to are removed, least recently used first, and
+        never one that is in use on this node. Until it is called nothing is removed.
+        A later call replaces the one before.
         """
 
     @_abc_1.abstractmethod
