@@ -27,10 +27,11 @@ class ClusterSettings:
     """What a local cluster shall be like.
 
     `services` are checked ModelService documents. `policy` empty leaves each ModelService its own. `port` 0
-    takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited. `cpu_share`,
-    `device_memory_bytes` and `host_pool_bytes` None share out what the machine has. `gateway_flags` are appended to the
-    gateway's. `fresh` forgets the checkpoints that an earlier cluster on this folder packed: its nodes begin with
-    empty disks. `tls` makes certificates and has all processes demand them of one another.
+    takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited, `disk_bytes_per_s` 0 their
+    disks. `cpu_share`, `device_memory_bytes` and `host_pool_bytes` None share out what the machine has.
+    `gateway_flags` are appended to the gateway's. `fresh` forgets the checkpoints that an earlier cluster on this
+    folder packed: its nodes begin with empty disks. `tls` makes certificates and has all processes demand them of
+    one another.
     """
 
     state_dir: Path
@@ -40,6 +41,7 @@ class ClusterSettings:
     host: str = LOOPBACK
     port: int = 0
     link_bytes_per_s: int = 0
+    disk_bytes_per_s: int = 0
     cpu_share: float | None = None
     devices: str = "cpu:1"
     device_memory_bytes: int | None = None
@@ -111,8 +113,12 @@ def agent_flags(layout: ClusterLayout, node: NodeLayout) -> tuple[str, ...]:
         ),
         *("--token-file", str(layout.state.token_file), "--log-format", "text"),
     )
-    link = layout.settings.link_bytes_per_s
-    return (*flags, "--egress-bytes-per-s", str(link)) if link else flags
+    rates = {
+        "--egress-bytes-per-s": layout.settings.link_bytes_per_s,
+        "--disk-bytes-per-s": layout.settings.disk_bytes_per_s,
+    }
+    limits = (part for flag, rate in rates.items() if rate for part in (flag, str(rate)))
+    return (*flags, *limits)
 
 
 def operator_flags(layout: ClusterLayout) -> tuple[str, ...]:

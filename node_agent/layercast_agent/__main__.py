@@ -64,12 +64,14 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "cpu-cores", "cores of the workers, such as 0,1; empty leaves them unpinned", default="", kind=_cores
     )
     flag("engine", "block of models that ask for none: auto, generic or fast", default="auto")
-    flag(
-        "egress-bytes-per-s",
-        "most parameter bytes sent per second by each process; 0: no limit",
-        default="0",
-        kind=int,
-    )
+    for name, text in (
+        ("egress-bytes-per-s", "most parameter bytes sent per second by each process; 0: no limit"),
+        (
+            "disk-bytes-per-s",
+            "for benchmarks: most packed bytes read per second by each process; 0: no limit",
+        ),
+    ):
+        flag(name, text, default="0", kind=int)
     flag("leaf", "name of the leaf switch", default="")
     flag("metrics-listen", "host:port of /metrics, /healthz, /readyz; 0 turns them off", default="0")
     flag(

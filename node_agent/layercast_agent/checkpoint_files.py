@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -87,9 +88,12 @@ class PackedSegment:
     checkpoint: PackedCheckpoint
     index: int
     nbytes: int
+    pace: Callable[[int], None] = lambda nbytes: None
+    """Called with the bytes of each read; returns when they may be read."""
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """As PackedCheckpoint.view."""
+        self.pace(nbytes)
         return self.checkpoint.view(self.index, offset, nbytes)
 
 

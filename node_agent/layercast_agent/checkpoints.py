@@ -16,13 +16,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import grpc
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 
-from layercast_agent.checkpoint_files import PackedCheckpoint
+from layercast_agent.checkpoint_files import PackedCheckpoint, PackedSegment
 from layercast_agent.errors import AgentError, CheckpointError, NoCapacityError
 from layercast_agent.holdings import DISK_RANK, Holding, Holdings
 from layercast_agent.layout import Manifest
@@ -32,6 +32,7 @@ from layercast_agent.room import choose
 from layercast_agent.sources import parse_source
 from layercast_agent.store import Phase, Progress, Store
 from layercast_agent.tensor_parallel import DEGREES
+from layercast_agent.transport.egress import EgressLimiter
 from layercast_agent.workers import CommandError
 
 log = logging.getLogger(__name__)
@@ -64,8 +65,17 @@ class Checkpoints:
     """What this node's disk holds and prepares. Thread-safe."""
 
     def __init__(
-        self, *, store: Store, holdings: Holdings, regions: RegionTable, store_bytes_max: int = 0
+        self,
+        *,
+        store: Store,
+        holdings: Holdings,
+        regions: RegionTable,
+        store_bytes_max: int = 0,
+        disk_bytes_per_s: int = 0,
     ) -> None:
+        """`disk_bytes_per_s` is the most that peers may read from the disk; 0 is as fast as it is."""
+        self.disk_bytes_per_s = disk_bytes_per_s
+        self._pace = EgressLimiter(disk_bytes_per_s)
         self._store = store
         self._holdings = holdings
         self._regions = regions
@@ -272,10 +282,14 @@ class Checkpoints:
                 manifest=manifest,
                 files=files,
                 residency=Residency(manifest, complete=True),
-                regions=tuple(self._regions.add(packed.segment(s.index)) for s in manifest.segments),
+                regions=tuple(self._regions.add(self._memory(packed, s.index)) for s in manifest.segments),
                 rank=DISK_RANK,
             )
         )
+
+    def _memory(self, packed: PackedCheckpoint, segment: int) -> PackedSegment:
+        memory = packed.segment(segment)
+        return replace(memory, pace=self._pace.take) if self._pace.limits else memory
 
     def _set(self, checkpoint: pb.Checkpoint) -> None:
         with self._lock:

@@ -84,5 +84,6 @@ class HostCopies:
                 )
             elif self._checkpoints.held(request.digest) is not None:
                 folder = self._checkpoints.folder(request.digest)
-                specs.append(UpstreamSpec(peer_id="disk", local_folder=folder))
+                rate = self._checkpoints.disk_bytes_per_s
+                specs.append(UpstreamSpec(peer_id="disk", local_folder=folder, disk_bytes_per_s=rate))
         return list(dict.fromkeys(specs))

@@ -86,7 +86,11 @@ async def running(
         stack.enter_context(_owned(settings.run_dir))
         store = await asyncio.to_thread(Store, settings.store_dir, pvc_root=settings.pvc_root)
         checkpoints = Checkpoints(
-            store=store, holdings=holdings, regions=regions, store_bytes_max=settings.store_bytes_max
+            store=store,
+            holdings=holdings,
+            regions=regions,
+            store_bytes_max=settings.store_bytes_max,
+            disk_bytes_per_s=settings.disk_bytes_per_s,
         )
         pool = HostPool(
             arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token, tls=tls
@@ -114,7 +118,8 @@ async def running(
         stack.callback(checkpoints.close)
         runs = tuple(asyncio.create_task(worker.run()) for worker in agent.workers)
         stack.push_async_callback(_end_workers, agent, runs)
-        agent.disk_bytes_per_s = await asyncio.to_thread(measure_disk, settings.store_dir)
+        measured = await asyncio.to_thread(measure_disk, settings.store_dir)
+        agent.disk_bytes_per_s = min(measured, settings.disk_bytes_per_s or measured)
         await wire.start()
         stack.push_async_callback(wire.stop, CALLS_GRACE_S)
         # Watches are told to go elsewhere before the server hangs up on them.

@@ -103,6 +103,10 @@ class AgentSettings:
     """Most parameter bytes per second that each process of this node sends (the agent, and every worker);
     0 is unlimited."""
 
+    disk_bytes_per_s: int = 0
+    """Most bytes per second that each process of this node reads from packed checkpoints; 0 is as fast as the disk.
+    For benchmarks: a machine whose files are cached then loads like one whose disk is slow."""
+
     leaf: str = ""
     """Name of the leaf switch; nodes with equal names reach each other fastest."""
 
@@ -140,6 +144,7 @@ class AgentSettings:
             ("--engine", self.engine in ENGINES, f"one of {', '.join(ENGINES)}"),
             ("--egress-bytes-per-s", self.egress_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
             ("--leave-grace-s", self.leave_grace_s >= 0, "0 or more seconds"),
+            ("--disk-bytes-per-s", self.disk_bytes_per_s >= 0, "0 (unlimited) or a number of bytes"),
             ("--stop-grace-s", self.stop_grace_s >= 0, "0 or more seconds"),
             ("--log-format", self.log_format in ("text", "json"), "text or json"),
             ("--worker-command", bool(self.worker_command), "a program"),

@@ -31,6 +31,9 @@ class UpstreamSpec:
     local_folder: Path | None = None
     """Folder of a packed checkpoint on this node."""
 
+    disk_bytes_per_s: int = 0
+    """Most bytes read from the folder per second; 0 is as fast as the disk."""
+
     memory_socket: Path | None = None
     """Where this node's own agent hands out its host memory; its copies are then read without the network."""
 

@@ -71,6 +71,7 @@ def command_line(settings: AgentSettings, slot: DeviceSlot) -> list[str]:
         "--cpu-cores": ",".join(str(core) for core in slot.cpu_cores),
         "--engine": settings.engine,
         "--egress-bytes-per-s": settings.egress_bytes_per_s,
+        "--disk-bytes-per-s": settings.disk_bytes_per_s,
         "--parent-pid": os.getpid(),
         "--log-format": settings.log_format,
     }

@@ -8,8 +8,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from layercast_operator.actions import Action, StartTransfer
+from layercast_operator.leading import (
+    MEMBERS_WAIT_S,
+    awaited,
+    has_leader,
+    leader_of,
+    members_of,
+    order_of,
+    successor,
+)
 from layercast_operator.modelservice import CACHE_POLICIES, ModelService, ScalePolicy
 from layercast_operator.multicast import (
     ASSUMED_DISK_BYTES_PER_S,
@@ -23,10 +33,21 @@ from layercast_operator.multicast import (
 )
 from layercast_operator.placement import disk_bytes_per_s, nic_bytes_per_s
 from layercast_operator.snapshot import Node, NodeHealth, PeerRef, Replica, ReplicaState, Snapshot
-from layercast_operator.state import Feed, Resolved
+from layercast_operator.state import Feed, ModelMemory, Resolved
 
 # The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
 REPLACE_AFTER_MS = 1000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Feeding:
+    """Transfers to begin now, and what stands in the way of others."""
+
+    actions: tuple[Action, ...] = ()
+    unfed: str = ""
+    """Who cannot be fed now and why, in words; empty when all are."""
+    waits_for_members: bool = False
+    """Nobody complete serves, and a replica that would lead has company that is not there yet."""
 
 
 def holders_of(snapshot: Snapshot, digest: str) -> list[Holder]:
@@ -80,23 +101,33 @@ def feed(
     snapshot: Snapshot,
     resolved: Resolved,
     replicas: Sequence[Replica],
-    live_sources: Mapping[str, str],
-    feeds: Mapping[str, Feed],
-) -> tuple[list[Action], str]:
-    """Transfers for the replicas that need one, and who cannot be fed now."""
+    memory: ModelMemory,
+    starting: int = 0,
+) -> Feeding:
+    """Transfers for the replicas that need one. `starting` more are asked for in this pass."""
+    feeds = memory.feeds
     hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name, feeds))}
+    sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
+    leaderless = policy is ScalePolicy.LIVE and not sources and not has_leader(replicas)
+    if leaderless and not hungry:
+        hungry = _led_again(replicas, snapshot)
     if not hungry:
-        return [], ""
+        return Feeding()
     by_id = {replica.replica_id: replica for replica in replicas}
     if policy in CACHE_POLICIES:
         return _feed_locally({by_id[i]: why for i, why in hungry.items()}, snapshot, resolved)
+    absent = awaited(replicas)
+    if leaderless and (absent or starting):
+        since = snapshot.at if memory.members_awaited_since is None else memory.members_awaited_since
+        if snapshot.at - since < MEMBERS_WAIT_S:
+            names = ", ".join(absent) or "replicas that are being started"
+            return Feeding(unfed=f"waits for {names}, to load different parts", waits_for_members=True)
     running = [
         Running(target=target, upstream=_upstream(r, feeds))
         for r in replicas
         if r.arriving and r.replica_id not in hungry
         if (target := _target(r, snapshot)) is not None
     ]
-    sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
     plan = plan_multicast(
         holders=holders_of(snapshot, resolved.digest),
         targets=[t for i in hungry if (t := _target(by_id[i], snapshot)) is not None],
@@ -104,22 +135,68 @@ def feed(
         checkpoint_bytes=resolved.nbytes,
         serving=bool(sources),
     )
-    shared = {t: s for t, s in live_sources.items() if t in by_id and by_id[t].arriving}
+    actions = _actions(
+        plan.hops,
+        hungry,
+        policy=policy,
+        sources=sources,
+        resolved=resolved,
+        memory=memory,
+        by_id=by_id,
+        leader=leader_of(plan.hops) if leaderless else "",
+        at=snapshot.at,
+    )
+    unfed = f"nobody can feed {', '.join(plan.unfed)}" if plan.unfed else ""
+    return Feeding(actions=tuple(actions), unfed=unfed)
+
+
+def _actions(
+    hops: Sequence[Hop],
+    hungry: Mapping[str, str],
+    *,
+    policy: ScalePolicy,
+    sources: Sequence[Replica],
+    resolved: Resolved,
+    memory: ModelMemory,
+    by_id: Mapping[str, Replica],
+    leader: str,
+    at: float,
+) -> list[Action]:
+    """One transfer a hop: with whom it shares a queue, or leads, and what it loads first."""
+    shared = {t: s for t, s in memory.live_sources.items() if t in by_id and by_id[t].arriving}
     actions: list[Action] = []
-    for hop in plan.hops:
+    for hop in hops:
         source = _choose_live_source(hop, sources, shared)
         if source is not None:
             shared[hop.target] = source.replica_id
+        if policy is ScalePolicy.LIVE and not sources:
+            order = order_of(hop, resolved)
+        else:
+            order = segment_order(resolved.layers, live=source is not None)
+        lead = members_of(leader, list(by_id.values())) if hop.target == leader else None
         why = f"{hungry[hop.target]}; {hop.why}; {hop.live_reason}"
+        if lead is not None:
+            why += f", so it leads a pipeline of {len(lead) + 1}"
         upstreams = (hop.upstream, *hop.alternatives)
-        actions.append(_transfer(by_id[hop.target], upstreams, source, resolved, at=snapshot.at, why=why))
-    unfed = f"nobody can feed {', '.join(plan.unfed)}" if plan.unfed else ""
-    return actions, unfed
+        actions.append(_transfer(by_id[hop.target], upstreams, source, order, at=at, why=why, lead=lead))
+    return actions
 
 
-def _feed_locally(
-    hungry: Mapping[Replica, str], snapshot: Snapshot, resolved: Resolved
-) -> tuple[list[Action], str]:
+def _led_again(replicas: Sequence[Replica], snapshot: Snapshot) -> dict[str, str]:
+    """Whom to ask to lead when all are fed and nobody does; nobody while a transfer has only just begun."""
+    chosen = successor(replicas)
+    if chosen is None or chosen.transfer is None:
+        return {}
+    node = snapshot.node(chosen.node)
+    young = any(
+        r.transfer is not None and snapshot.at * 1000 - r.transfer.generation < REPLACE_AFTER_MS
+        for r in replicas
+        if r.arriving
+    )
+    return {} if young or node is None or not node.fresh else {chosen.replica_id: "nobody leads"}
+
+
+def _feed_locally(hungry: Mapping[Replica, str], snapshot: Snapshot, resolved: Resolved) -> Feeding:
     """Each from its own node: a copy in host memory, also one that is still filling, else the disk."""
     actions: list[Action] = []
     unfed: list[str] = []
@@ -134,8 +211,10 @@ def _feed_locally(
             unfed.append(replica.replica_id)
             continue
         why = f"{need}; fed by its own {'host memory' if in_memory else 'disk'}"
-        actions.append(_transfer(replica, upstreams, None, resolved, at=snapshot.at, why=why))
-    return actions, f"no copy on the node of {', '.join(unfed)}" if unfed else ""
+        order = segment_order(resolved.layers, live=False)
+        actions.append(_transfer(replica, upstreams, None, order, at=snapshot.at, why=why))
+    missing = f"no copy on the node of {', '.join(unfed)}" if unfed else ""
+    return Feeding(actions=tuple(actions), unfed=missing)
 
 
 def _upstream(replica: Replica, feeds: Mapping[str, Feed]) -> str:
@@ -224,10 +303,11 @@ def _transfer(
     replica: Replica,
     upstreams: tuple[PeerRef | None, ...],
     source: Replica | None,
-    resolved: Resolved,
+    order: tuple[int, ...],
     *,
     at: float,
     why: str,
+    lead: tuple[PeerRef, ...] | None = None,
 ) -> StartTransfer:
     before = replica.transfer.generation if replica.transfer is not None else 0
     return StartTransfer(
@@ -237,7 +317,8 @@ def _transfer(
         transfer_id=f"{replica.replica_id}-t",
         generation=max(int(at * 1000), before + 1),
         upstreams=upstreams,
-        segment_order=segment_order(resolved.layers, live=source is not None),
+        segment_order=order,
         live_source=source.peer if source is not None else None,
         why=why,
+        lead=lead,
     )

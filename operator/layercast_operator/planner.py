@@ -23,7 +23,14 @@ from layercast_operator.lastcopies import disk_will_do, suffice
 from layercast_operator.modelservice import CACHE_POLICIES, ModelService, ScalePolicy
 from layercast_operator.multicast import Holder, HolderKind
 from layercast_operator.placement import choose_preparer, place_replicas
-from layercast_operator.replacing import PlanInput, current_of, misplaced, replaced, victims_of
+from layercast_operator.replacing import (
+    PlanInput,
+    current_of,
+    destinations_of,
+    misplaced,
+    replaced,
+    victims_of,
+)
 from layercast_operator.snapshot import CheckpointState, Node, PeerRef, Replica, ReplicaState, Snapshot
 from layercast_operator.state import Resolved, resting
 
@@ -40,6 +47,8 @@ class Plan:
     """Why the wanted replicas cannot be started, in words; empty when nothing hinders."""
     waits_for_copy: bool = False
     """A device would be freed now if its checkpoint were in host memory."""
+    waits_for_members: bool = False
+    """A replica would lead now if the others of its pipeline were there."""
 
 
 def plan(given: PlanInput) -> Plan:
@@ -55,7 +64,7 @@ def plan(given: PlanInput) -> Plan:
         return Plan(actions=(*actions, *prepared), blocked=blocked)
     if all(h.leaving for h in holders):  # the pool must not lose its last copy with them
         actions += _pool_copy(given, resolved, holders)
-    if given.policy in CACHE_POLICIES:
+    if given.policy in CACHE_POLICIES or _rests(given, replicas):
         actions += _prepare_everywhere(given, resolved)
     leaving, blocked, waits = _shrink(given, resolved, replicas, holders)
     actions += leaving
@@ -63,22 +72,23 @@ def plan(given: PlanInput) -> Plan:
     stays = [r for r in current_of(given, resolved, replicas) if r.replica_id not in gone]
     started, missing = _grow(given, resolved, stays, holders)
     actions += started
-    fed, unfed = feed(
+    fed = feed(
         model=given.model,
         policy=given.policy,
         snapshot=given.snapshot,
         resolved=resolved,
         replicas=stays,
-        live_sources=given.memory.live_sources,
-        feeds=given.memory.feeds,
+        memory=given.memory,
+        starting=len(started),
     )
-    actions += fed
+    actions += fed.actions
     staying = [h for h in holders if not h.leaving and h.peer.peer_id not in gone]
     waits = waits or (len(staying) < len(holders) and not suffice(staying, ""))
     return Plan(
         actions=tuple(actions),
-        blocked="; ".join(filter(None, (blocked, missing, unfed))),
+        blocked="; ".join(filter(None, (blocked, missing, fed.unfed))),
         waits_for_copy=waits,
+        waits_for_members=fed.waits_for_members,
     )
 
 
@@ -109,9 +119,16 @@ def _stop(replica: Replica, why: str, *, failed: bool = False) -> StopReplica:
     )
 
 
-def _drain(replica: Replica, grace_s: float, why: str) -> DrainReplica:
+def _drain(
+    replica: Replica, grace_s: float, why: str, destinations: tuple[PeerRef, ...] = ()
+) -> DrainReplica:
     return DrainReplica(
-        node=replica.node, model=replica.model, replica_id=replica.replica_id, grace_s=grace_s, why=why
+        node=replica.node,
+        model=replica.model,
+        replica_id=replica.replica_id,
+        grace_s=grace_s,
+        why=why,
+        destinations=destinations,
     )
 
 
@@ -150,8 +167,16 @@ def _disk(given: PlanInput, resolved: Resolved) -> str:
     return disk_will_do(given.policy, given.memory, resolved, given.snapshot)
 
 
+def _rests(given: PlanInput, replicas: Sequence[Replica]) -> bool:
+    """It is at zero, and every node can pack it without a network: then k nodes wake it up k times as fast."""
+    local = given.model.model.source.startswith(("file://", "pvc://"))
+    return local and given.policy is ScalePolicy.LIVE and given.target == 0 and not replicas
+
+
 def _prepare_everywhere(given: PlanInput, resolved: Resolved) -> list[Action]:
-    """With caches a replica loads from its own node: every disk has the checkpoint, unless host memory always does."""
+    """Every disk has the checkpoint, unless host memory always does: replicas load from their own node with caches,
+    and from as many disks as there are of them when they start from zero.
+    """
     actions: list[Action] = []
     avoid = resting(given.memory.prepare_backoffs, given.snapshot.at)
     for node in given.snapshot.nodes:
@@ -241,7 +266,9 @@ def _shrink(
         if replica.state is ReplicaState.LOADING:
             actions.append(_stop(replica, f"{why}; it has not begun to serve"))
         else:
-            actions.append(_drain(replica, given.model.drain_grace_s, why))
+            staying = [r for r in current if r.replica_id not in {v.replica_id for v, _ in victims}]
+            places = destinations_of(replica, staying)
+            actions.append(_drain(replica, given.model.drain_grace_s, why, places))
     return actions, "", not safe
 
 

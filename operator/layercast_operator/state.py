@@ -142,6 +142,8 @@ class ModelMemory:
     """Why there is none for now, although it could be had if it were needed."""
     copy_wanted_since: float | None = None
     """Since when the last device copy waits to go."""
+    members_awaited_since: float | None = None
+    """Since when a replica that would lead waits for the others of its pipeline."""
     live_sources: Mapping[str, str] = field(default_factory=dict)
     feeds: Mapping[str, Feed] = field(default_factory=dict)
     """Who was told to read from whom, by target; what an agent shows of it follows a moment later."""

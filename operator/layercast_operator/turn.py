@@ -63,7 +63,12 @@ def take_turn(
         )
     )
     wanted_since = snapshot.at if memory.copy_wanted_since is None else memory.copy_wanted_since
-    memory = replace(memory, copy_wanted_since=wanted_since if step.waits_for_copy else None)
+    awaited_since = snapshot.at if memory.members_awaited_since is None else memory.members_awaited_since
+    memory = replace(
+        memory,
+        copy_wanted_since=wanted_since if step.waits_for_copy else None,
+        members_awaited_since=awaited_since if step.waits_for_members else None,
+    )
     return Turn(
         memory=memory,
         decision=decision,

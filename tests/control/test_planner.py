@@ -45,6 +45,7 @@ def test_the_first_replica_is_prepared_started_and_fed_from_its_own_disk(worlds:
     assert start.replica_id == "m-000000" and transfer.transfer_id == "m-000000-t"
     assert transfer.upstreams == (None,) and transfer.live_source is None
     assert transfer.segment_order == (0, 1, 2, 3, 4)
+    assert transfer.lead == (), "it executes what it has while the rest arrives"
     assert all(action.why for action in log)
     assert [r.state for r in p.world.replicas()] == [SERVING]
 
@@ -132,7 +133,10 @@ def test_to_zero_and_back_on_a_request(worlds: Any) -> None:
     p = pilot(worlds, worlds.service(replicas=0, scaling=worlds.scaling(0, 2, scale_down_s=2.0)))
     p.world.demand["m"] = worlds.demand()
     p.run(3)
-    assert p.world.replicas() == [] and kinds(p.world.log) == ["PrepareCheckpoint"]
+    assert p.world.replicas() == [] and kinds(p.world.log) == ["PrepareCheckpoint"] * 3
+    assert len({action.node for action in p.world.log}) == 3, (
+        "from k disks k replicas wake up k times as fast"
+    )
     p.world.demand["m"] = worlds.demand(10, 1, 1)
     p.run(4)
     assert len(p.world.replicas(SERVING)) == 1

@@ -21,7 +21,8 @@ def pilot(worlds: Any, *models: Any, **world: Any) -> Any:
 
 def check(p: Any, most: int, done: list[Any]) -> None:
     """Invariants 4 and 6 of the design, after every step."""
-    active = [r for r in p.world.replicas() if r.state in {ReplicaState.LOADING, ReplicaState.LIVE, SERVING}]
+    arriving = {ReplicaState.LOADING, ReplicaState.LIVE, ReplicaState.LEADING}
+    active = [r for r in p.world.replicas() if r.state in {*arriving, SERVING}]
     assert len(active) <= most
     feeding = {r.replica_id: r.upstream for r in active if r.upstream and r.state is not SERVING}
     for start in feeding:
@@ -33,6 +34,8 @@ def check(p: Any, most: int, done: list[Any]) -> None:
     again = [a for name in p.models if not (turn := p.turn(name)).changed for a in turn.plan.actions]
     if not any(isinstance(action, StopReplica) for action in done):
         new = {action.subject for action in done if isinstance(action, StartReplica)}
+        # Those that waited for the new ones, to load different parts, are fed together with them.
+        new |= {r.replica_id for r in active if any(t.plan.waits_for_members for t in p.turns.values())}
         left = [a for a in again if not (isinstance(a, StartTransfer) and a.subject in new)]
         assert left == [], f"planned again: {left}"
     asked = {(type(action), action.subject) for action in done}

@@ -113,6 +113,7 @@ class SimReplica:
     upstreams: tuple[PeerRef | None, ...] = ()
     generation: int = 0
     live: bool = False
+    members: tuple[str, ...] = ()
     done: float = 0.0
     upstream: str = ""
     stalled: bool = False
@@ -145,6 +146,8 @@ class World:
         self.demand: dict[str, Demand] = {}
         self.prefill_rate = 1000.0
         self.log: list[Action] = []
+        self.silent_starts: set[str] = set()
+        """Nodes whose new replicas never get an address."""
         self._ids = itertools.count()
 
     def new_id(self) -> str:
@@ -207,6 +210,9 @@ class World:
                 replica.upstreams, replica.generation = action.upstreams, action.generation
                 replica.live = action.live_source is not None
                 replica.state = ReplicaState.LIVE if replica.live else ReplicaState.LOADING
+                if action.lead is not None:
+                    replica.state = ReplicaState.LEADING
+                    replica.members = tuple(peer.peer_id for peer in action.lead)
                 replica.stalled = False
             case DrainReplica():
                 replica = node.replicas[action.replica_id]
@@ -224,7 +230,8 @@ class World:
     def _progress(self, node: SimNode, replica: SimReplica, seconds: float) -> None:
         if replica.state is ReplicaState.DRAINING and self.now >= replica.drained_at:
             replica.state = ReplicaState.DRAINED
-        if replica.state not in {ReplicaState.LOADING, ReplicaState.LIVE} or not replica.generation:
+        arriving = {ReplicaState.LOADING, ReplicaState.LIVE, ReplicaState.LEADING}
+        if replica.state not in arriving or not replica.generation:
             return
         names = [node.name if upstream is None else upstream.peer_id for upstream in replica.upstreams]
         able = [(name, self.holds(name, replica.digest)) for name in names]
@@ -296,7 +303,9 @@ class World:
             node=node.name,
             device_id=replica.device,
             state=replica.state,
-            peer=peer(replica.replica_id),
+            peer=PeerRef(peer_id=replica.replica_id, address="", data_address="")
+            if node.name in self.silent_starts
+            else peer(replica.replica_id),
             layers_resident=LAYERS if complete else int(LAYERS * replica.done / NBYTES),
             layers_total=LAYERS,
             transfer=transfer if replica.generation else None,

@@ -25,6 +25,7 @@ from layercast_agent.layout import Manifest
 from layercast_agent.page_cache import bring_in, remember_verified, was_verified
 from layercast_agent.transfer_events import Chunk
 from layercast_agent.transport import LinkRequest
+from layercast_agent.transport.egress import EgressLimiter
 from layercast_agent.transport.landing import Landing
 
 QUEUE_MAX = 1024  # far above any window; a transfer that asks for more is broken
@@ -41,6 +42,7 @@ class DiskLink:
         self._manifest = manifest
         self._landing = landing
         self._folder = folder
+        self._pace = EgressLimiter(request.upstream.disk_bytes_per_s)
         self._asked: queue.Queue[Chunk | None] = queue.Queue(QUEUE_MAX)  # None wakes a reader to its end
         self._closing = threading.Event()
         self._close_reason = ""
@@ -119,6 +121,7 @@ class DiskLink:
         if self._is_mapped(files, reader, chunk.segment):
             return ev.ChunkArrived(link=link, chunk=chunk, whole_segment=True)
         staged = self._landing.staging(chunk)
+        self._pace.take(len(staged))
         reader.read(chunk.segment, self._landing.range_of(chunk)[0], staged)
         with self._lock:
             self._received_bytes += len(staged)
@@ -133,7 +136,8 @@ class DiskLink:
         with deciding:
             if segment not in self._mapped:
                 view = files.view(segment, 0, self._manifest.segments[segment].nbytes)
-                share = reader.cached_share(segment, view) if self._landing.may_adopt(segment) else 0.0
+                able = self._landing.may_adopt(segment) and not self._pace.limits
+                share = reader.cached_share(segment, view) if able else 0.0
                 maps = share >= MAPPED_SHARE_MIN and self._is_sound(files, segment)
                 if maps:
                     bring_in(view)

@@ -61,6 +61,9 @@ class WorkerSettings:
     egress_bytes_per_s: int
     """Most parameter bytes sent per second; 0 is unlimited."""
 
+    disk_bytes_per_s: int
+    """Most bytes read from packed files per second; 0 is unlimited."""
+
     parent_pid: int
     """The agent. The worker ends with it; 0 lets it live alone (debugging)."""
 
@@ -88,6 +91,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
     parser.add_argument("--cpu-cores", default="")
     parser.add_argument("--engine", default="auto", choices=["auto", "generic", "fast"])
     parser.add_argument("--egress-bytes-per-s", default=0, type=int)
+    parser.add_argument("--disk-bytes-per-s", default=0, type=int)
     parser.add_argument("--parent-pid", default=0, type=int)
     parser.add_argument("--log-format", default="text", choices=["text", "json"])
     flags = parser.parse_args(arguments)
@@ -114,6 +118,7 @@ def parse(arguments: Sequence[str]) -> WorkerSettings:
         cpu_cores=cores,
         engine=flags.engine,
         egress_bytes_per_s=flags.egress_bytes_per_s,
+        disk_bytes_per_s=flags.disk_bytes_per_s,
         parent_pid=flags.parent_pid,
         log_format=flags.log_format,
     )
