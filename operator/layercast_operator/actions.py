@@ -80,6 +80,8 @@ class DrainReplica:
     replica_id: str
     grace_s: float
     why: str
+    destinations: tuple[PeerRef, ...] = ()
+    """Replicas to which its running requests move."""
 
     @property
     def subject(self) -> str:

@@ -171,9 +171,7 @@ class AgentCalls:
             case StartTransfer():
                 call = stub.StartTransfer(_transfer(action), timeout=CALL_DEADLINE_S)
             case DrainReplica():
-                grace_ms = int(action.grace_s * 1000)
-                drain = pb.DrainReplicaRequest(replica_id=action.replica_id, grace_ms=grace_ms)
-                call = stub.DrainReplica(drain, timeout=CALL_DEADLINE_S)
+                call = stub.DrainReplica(_drain(action), timeout=CALL_DEADLINE_S)
             case StopReplica():
                 stop = pb.StopReplicaRequest(replica_id=action.replica_id)
                 call = stub.StopReplica(stop, timeout=STOP_DEADLINE_S)
@@ -241,6 +239,14 @@ def _transfer(action: StartTransfer) -> pb.StartTransferRequest:
         segment_order=action.segment_order,
         live_source=None if source is None else _peer(source),
         lead=None if action.lead is None else pb.Pipeline(members=[_peer(peer) for peer in action.lead]),
+    )
+
+
+def _drain(action: DrainReplica) -> pb.DrainReplicaRequest:
+    return pb.DrainReplicaRequest(
+        replica_id=action.replica_id,
+        grace_ms=int(action.grace_s * 1000),
+        destinations=[_peer(peer) for peer in action.destinations],
     )
 
 

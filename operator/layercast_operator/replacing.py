@@ -11,8 +11,11 @@ from dataclasses import dataclass
 
 from layercast_operator.modelservice import ModelService, ScalePolicy
 from layercast_operator.placement import place_replicas
-from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
+from layercast_operator.snapshot import PeerRef, Replica, ReplicaState, Snapshot
 from layercast_operator.state import ModelMemory, Resolved, resting
+
+# Among so many a replica's requests are shared out evenly enough.
+DESTINATIONS_MAX = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +44,19 @@ def misplaced(given: PlanInput, replica: Replica) -> str:
 def current_of(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]) -> list[Replica]:
     """Those that are meant to stay: of the right checkpoint, on a node that they may be on."""
     return [r for r in replicas if r.active and r.digest == resolved.digest and not misplaced(given, r)]
+
+
+def destinations_of(leaving: Replica, staying: Sequence[Replica]) -> tuple[PeerRef, ...]:
+    """Where running requests of a replica move: to those that serve the same checkpoint, the emptiest first."""
+    able = [
+        r
+        for r in staying
+        if r.state is ReplicaState.SERVING
+        and r.digest == leaving.digest
+        and r.replica_id != leaving.replica_id
+        and r.peer.address
+    ]
+    return tuple(r.peer for r in sorted(able, key=lambda r: (r.requests, r.replica_id))[:DESTINATIONS_MAX])
 
 
 def victims_of(current: Sequence[Replica], surplus: int) -> list[Replica]:

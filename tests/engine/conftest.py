@@ -93,6 +93,12 @@ def either_llama(request: pytest.FixtureRequest) -> Any:
 
 
 @pytest.fixture
+def tiny_of() -> Any:
+    """A tiny model by "family:block"."""
+    return _tiny
+
+
+@pytest.fixture
 def llama() -> Any:
     """A tiny Llama: for what does not depend on the family."""
     return _tiny("llama")

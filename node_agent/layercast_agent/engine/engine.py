@@ -20,6 +20,7 @@ from layercast_agent.engine.attention import BatchPlan, Span, to_device
 from layercast_agent.engine.guidance import Guides, GuideState
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import LayeredModel
+from layercast_agent.engine.moves import Moves
 from layercast_agent.engine.sampler import Choice, Draw, sample
 from layercast_agent.engine.scheduler import EngineLimits, Scheduler, Work
 from layercast_agent.engine.sequence import FinishReason, SamplingParams, Sequence, TokenEvent, TokenLogprobs
@@ -78,6 +79,7 @@ class Engine:
         self._scheduler = Scheduler(
             pages=kv.allocator, page_size=kv.page_size, layers=self._layers, limits=limits, key=key
         )
+        self.moves = Moves(model=model, kv=kv, scheduler=self._scheduler, stages=self.stages, add=self.add)
         self._prefill_layer_tokens = 0
 
     # Requests in and out

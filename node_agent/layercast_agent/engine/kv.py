@@ -58,6 +58,19 @@ class KVCache:
         keys, values = self._slots[layer].transpose(1, 2).unbind(0)
         return keys, values
 
+    def export_rows(
+        self, pages: Sequence[int], *, first: int, last: int, start: int, stop: int
+    ) -> torch.Tensor:
+        """A copy of layers [first, last) at positions [start, stop): [layers, 2, positions, kv heads, head dim]."""
+        slots = self.slots(pages, start, stop).to(self.device)
+        return self._slots[first:last].index_select(2, slots)
+
+    def import_rows(self, pages: Sequence[int], data: torch.Tensor, *, first: int, start: int) -> None:
+        """Stores what `export_rows` returned from layer `first` and position `start` on."""
+        layers, _, positions = data.shape[:3]
+        slots = self.slots(pages, start, start + positions).to(self.device)
+        self._slots[first : first + layers].index_copy_(2, slots, data.to(self.device))
+
     def export_layers(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
         """A copy of the first `layers` layers at the first `positions` positions: [layers, 2, positions, kv heads,
         head dim]."""

@@ -148,7 +148,8 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         running = replica.runner
         if running is not None and running.status().transfer_id != request.transfer.transfer_id:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another transfer runs")
-        upstreams = _upstreams(request, node=self._host.settings.node)
+        settings = self._host.settings
+        upstreams = _upstreams(request, node=settings.node, disk_bytes_per_s=settings.disk_bytes_per_s)
         if not upstreams:
             await context.abort(grpc.StatusCode.INVALID_ARGUMENT, "a transfer needs an upstream")
         replica.begin_transfer(request.transfer, upstreams)
@@ -161,7 +162,9 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
     ) -> pb.BeginDrainResponse:
         replica = self._assignment.find(request.drain.replica_id)
         if replica is not None:
-            await replica.begin_drain(grace_s=request.drain.grace_ms / 1000)
+            await replica.begin_drain(
+                grace_s=request.drain.grace_ms / 1000, destinations=list(request.drain.destinations)
+            )
         return pb.BeginDrainResponse()
 
     async def UnassignReplica(
@@ -176,13 +179,14 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         return pb.UnassignReplicaResponse()
 
 
-def _upstreams(request: pb.BeginTransferRequest, *, node: str) -> list[UpstreamSpec]:
+def _upstreams(request: pb.BeginTransferRequest, *, node: str, disk_bytes_per_s: int) -> list[UpstreamSpec]:
     """As the operator listed them; the agent of this node is read through its memory when that has a copy."""
     memory = Path(request.host_memory_path) if request.host_memory_path else None
     specs = []
     for upstream in request.transfer.upstreams:
         if upstream.local_disk and request.local_disk_path:
-            specs.append(UpstreamSpec(peer_id="disk", local_folder=Path(request.local_disk_path)))
+            folder = Path(request.local_disk_path)
+            specs.append(UpstreamSpec(peer_id="disk", local_folder=folder, disk_bytes_per_s=disk_bytes_per_s))
         elif not upstream.local_disk:
             peer = upstream.peer
             specs.append(

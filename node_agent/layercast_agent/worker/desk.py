@@ -40,6 +40,7 @@ class RequestDesk:
         self.divert: Callable[[Sequence], bool] = lambda seq: False
         self._started: set[str] = set()
         self._unannounced: dict[str, int] = {}
+        self._moved_here: set[str] = set()
         self._emptied = asyncio.Event()
         self._loop = loop
         self._streams = streams
@@ -94,17 +95,25 @@ class RequestDesk:
         """See `EngineLoop.embed`."""
         return self._loop.embed(seq)
 
-    def own(self, seq: Sequence, *, layers_done: int) -> None:
-        """The request is about to enter the engine; its gateway hears of it with `announce`."""
+    def own(self, seq: Sequence, *, layers_done: int, moved: bool = False) -> None:
+        """The request is about to enter the engine; its gateway hears of it with `announce`.
+
+        `moved`: it ran elsewhere, and its gateway is told all its tokens again.
+        """
         self.owned[seq.request_id] = seq
+        if moved:
+            self._moved_here.add(seq.request_id)
         self._unannounced[seq.request_id] = layers_done
 
     def announce(self, seq: Sequence) -> None:
         """Tells the gateway who owns the request; once, and always before its first token."""
         layers_done = self._unannounced.pop(seq.request_id, None)
         if layers_done is not None:
-            event = wire.accepted(seq, replica_id=self.replica_id, layers_done=layers_done)
-            self._streams.send(seq.gateway_id, [event])
+            events = [wire.accepted(seq, replica_id=self.replica_id, layers_done=layers_done)]
+            # The tokens of whoever had it before come on another stream, maybe later than the next one from here.
+            so_far = wire.tokens_so_far(seq) if seq.request_id in self._moved_here else None
+            self._moved_here.discard(seq.request_id)
+            self._streams.send(seq.gateway_id, [*events, *([so_far] if so_far is not None else [])])
 
     def can_reach(self, gateway_id: str) -> bool:
         """Whether tokens for that gateway have a way out of here."""
@@ -114,6 +123,7 @@ class RequestDesk:
         """Forgets a request that ended or belongs to another replica now."""
         self._started.discard(request_id)
         self._unannounced.pop(request_id, None)
+        self._moved_here.discard(request_id)
         seq = self.owned.pop(request_id, None)
         if not self.owned:
             self._emptied.set()

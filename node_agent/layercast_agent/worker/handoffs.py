@@ -104,6 +104,11 @@ class HandoffShelf:
         return len(self._leases)
 
 
+def region_message(region: RegionRef) -> pb.Region:
+    """A region as peers are told of it."""
+    return pb.Region(region_id=region.region_id, epoch=region.epoch, size_bytes=region.nbytes)
+
+
 async def fetch_state(
     handoff: pb.Handoff, *, giver: pb.Peer, token: bytes, tls: Tls | None
 ) -> bytearray | None:

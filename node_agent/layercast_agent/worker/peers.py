@@ -109,6 +109,21 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
             await context.abort(status_of(error), str(error))
         return pb.RunStageResponse()
 
+    async def ExtendSession(
+        self,
+        request: pb.ExtendSessionRequest,
+        context: aio.ServicerContext[pb.ExtendSessionRequest, pb.ExtendSessionResponse],
+    ) -> pb.ExtendSessionResponse:
+        replica = self._replica()
+        if replica is None:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "no replica is here any more")
+            return pb.ExtendSessionResponse()
+        try:
+            await replica.stages.extend(request)
+        except AgentError as error:
+            await context.abort(status_of(error), str(error))
+        return pb.ExtendSessionResponse()
+
     async def ReadStage(
         self,
         request: pb.ReadStageRequest,

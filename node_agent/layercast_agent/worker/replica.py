@@ -12,6 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
 import grpc
@@ -23,6 +24,7 @@ from layercast_agent import live
 from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import AgentError
+from layercast_agent.migration import share_out
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
 from layercast_agent.tls import aio_channel
 from layercast_agent.worker import wire
@@ -32,6 +34,7 @@ from layercast_agent.worker.engine_loop import EngineLoop, live_request
 from layercast_agent.worker.handoffs import HandoffShelf, Lease, admit, fetch_state
 from layercast_agent.worker.host import WorkerHost
 from layercast_agent.worker.loading import ModelMemory
+from layercast_agent.worker.moving import Mover
 from layercast_agent.worker.pipeline import Pipeline
 from layercast_agent.worker.stage_host import StageHost
 
@@ -104,6 +107,17 @@ class Replica:
             table=host.table,
             dtype=memory.shape.dtype,
         )
+        self.mover = Mover(
+            me=self._me,
+            digest=spec.digest,
+            layers=memory.shape.layers,
+            row_bytes=2 * memory.shape.kv_heads * memory.shape.head_dim * memory.shape.dtype.itemsize,
+            positions_max=memory.engine.limits.context_length_max,
+            desk=self.desk,
+            stages=self.stages,
+            table=host.table,
+            look=lambda: self.loop.view,
+        )
         self.pipeline: Pipeline | None = None
         self.desk.divert = self.cooperation.divert
         self.desk.on_first_token = self.cooperation.first_token
@@ -118,6 +132,7 @@ class Replica:
             if request.generation > self.runner.status().generation:
                 self.preferred_upstream = upstreams[0].peer_id
                 self.runner.replace_upstreams(upstreams, request.generation)
+                self._lead_now(request)
             return
         self.preferred_upstream = upstreams[0].peer_id
         self.runner = TransferRunner(
@@ -137,11 +152,15 @@ class Replica:
         if request.HasField("live_source"):
             self.state = agent_pb2.REPLICA_STATE_LIVE
             self._spawn(self._stay_live(request.live_source))
-        elif request.HasField("lead"):
+        self._lead_now(request)
+        self.runner.start()
+
+    def _lead_now(self, request: agent_pb2.StartTransferRequest) -> None:
+        """Leads from now on when it is asked to and loads; whoever led before may be gone."""
+        if request.HasField("lead") and self.state == agent_pb2.REPLICA_STATE_LOADING:
             self.state = agent_pb2.REPLICA_STATE_LEADING
             self.pipeline = self._lead(request.lead)
             self._spawn(self.pipeline.run())
-        self.runner.start()
 
     def _lead(self, lead: agent_pb2.Pipeline) -> Pipeline:
         shape = self.memory.shape
@@ -200,10 +219,10 @@ class Replica:
     async def accept_offers(self, request: peer_pb2.OfferHandoffsRequest) -> peer_pb2.OfferHandoffsResponse:
         """PeerService.OfferHandoffs: queues requests of an overloaded source here."""
         answer = peer_pb2.OfferHandoffsResponse(complete=self.loop.complete)
-        if self.state != agent_pb2.REPLICA_STATE_LIVE or self.loop.complete:
-            return answer
+        shares = self.state == agent_pb2.REPLICA_STATE_LIVE and not self.loop.complete
+        serves = self.state == agent_pb2.REPLICA_STATE_SERVING
         for handoff in request.handoffs:
-            if await self._accept(handoff, giver=request.source):
+            if (serves if handoff.session else shares) and await self._accept(handoff, giver=request.source):
                 answer.accepted_request_ids.append(handoff.request.request_id)
                 self.handoffs_taken += 1
         return answer
@@ -225,8 +244,13 @@ class Replica:
         return True
 
     async def _import(self, seq: Sequence, handoff: peer_pb2.Handoff, giver: peer_pb2.Peer) -> None:
+        if handoff.session:
+            self.desk.own(seq, layers_done=0, moved=True)
+            held = await self.desk.ask(lambda engine: engine.moves.settle(seq, handoff.session))
+            self.stages.settled(handoff.session)
+            log.info("a request moved here", extra={"request": seq.request_id, "positions_held": held})
+            return
         state = await fetch_state(handoff, giver=giver, token=self._host.settings.token, tls=self._host.tls)
-
         self.desk.own(seq, layers_done=handoff.layers_done)
         await self.desk.ask(lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state))
 
@@ -293,22 +317,33 @@ class Replica:
 
     # Ending
 
-    async def begin_drain(self, *, grace_s: float) -> None:
-        """Stops new work; idempotent."""
+    async def begin_drain(self, *, grace_s: float, destinations: Ordered[peer_pb2.Peer] = ()) -> None:
+        """Stops new work; running requests move to `destinations` when there are any. Idempotent."""
         if self.state in (agent_pb2.REPLICA_STATE_DRAINING, agent_pb2.REPLICA_STATE_DRAINED):
             return
         self.state = agent_pb2.REPLICA_STATE_DRAINING
-        self._spawn(self._drain(grace_s))
+        self._spawn(self._drain(grace_s, destinations))
 
-    async def _drain(self, grace_s: float) -> None:
+    async def _drain(self, grace_s: float, destinations: Ordered[peer_pb2.Peer]) -> None:
         reason = "the replica is being drained"
         self.desk.refuse_new(reason)
         self.desk.give_back(await self.cooperation.close(), reason=reason)
         await self.desk.return_waiting(reason)
-        await self.desk.wait_empty(grace_s)
+        began = time.monotonic()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._move_away(destinations)
+        await self.desk.wait_empty(max(0.0, grace_s - (time.monotonic() - began)))
         await self.desk.return_all(reason)
         if self.state == agent_pb2.REPLICA_STATE_DRAINING:
             self.state = agent_pb2.REPLICA_STATE_DRAINED
+
+    async def _move_away(self, destinations: Ordered[peer_pb2.Peer]) -> None:
+        """All at once: each is in rounds of its own, and what is brought over is a fraction of what goes on here."""
+        peers = {peer.peer_id: peer for peer in destinations}
+        places = share_out(list(self.desk.owned), list(peers))
+        moves = (self.mover.move(self.desk.owned[request], peers[place]) for request, place in places.items())
+        await asyncio.gather(*moves)
 
     async def close(self) -> None:
         """Gives back what is left and frees the device; peers that still read are waited for."""

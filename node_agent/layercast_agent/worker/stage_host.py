@@ -24,7 +24,7 @@ from layercast_agent.regions import RegionRef, RegionTable
 from layercast_agent.tls import Tls, aio_channel
 from layercast_agent.transport.tcp import read_region
 from layercast_agent.worker.engine_loop import EngineLoop
-from layercast_agent.worker.handoffs import REMOVE_DEADLINE_S, StateBytes
+from layercast_agent.worker.handoffs import REMOVE_DEADLINE_S, StateBytes, region_message
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,10 @@ class StageCall:
 
 class StageFailedError(PeerError):
     """A stage, this one or a later one, could not do its part; the leader starts the session anew."""
+
+
+class PartialReplicaError(AgentError):
+    """Only a complete replica of the same checkpoint can do that."""
 
 
 class StageHost:
@@ -106,7 +110,32 @@ class StageHost:
         self._withdraw(request.session)
         region = self._table.add(memory)
         self._offered[request.session] = region.region_id
-        return pb.ReadStageResponse(state=_region(region), crc32=memory.crc32)
+        return pb.ReadStageResponse(state=region_message(region), crc32=memory.crc32)
+
+    async def extend(self, request: pb.ExtendSessionRequest) -> None:
+        """PeerService.ExtendSession. Raises AgentError."""
+        if request.digest != self._digest or not self._loop.complete:
+            raise PartialReplicaError("another checkpoint, or not all of it, is here")
+        self._heard_at[request.session] = time.monotonic()
+        name, start, longest = request.session, request.start, request.positions_max
+        if not request.HasField("state"):
+            tokens = list(request.token_ids)
+            await asyncio.wrap_future(
+                self._loop.execute(
+                    lambda engine: engine.moves.extend(name, tokens, start=start, positions_max=longest)
+                )
+            )
+            return
+        data = await self._read(request.giver, request.state, request.crc32)
+        kv = torch.frombuffer(data, dtype=torch.uint8)
+        first, last = request.first_layer, request.last_layer
+        await self._ask(
+            lambda stages: stages.write(name, kv, first=first, last=last, start=start, positions_max=longest)
+        )
+
+    def settled(self, session: str) -> None:
+        """The session became an ordinary request."""
+        self._heard_at.pop(session, None)
 
     async def end(self, session: str) -> None:
         """PeerService.EndStage."""
@@ -157,7 +186,7 @@ class StageHost:
             count=hidden.shape[0],
             positions_max=call.positions_max,
             giver=self._me,
-            hidden=_region(region),
+            hidden=region_message(region),
             crc32=memory.crc32,
             stages=stages,
         )
@@ -209,6 +238,13 @@ class StageHost:
         except grpc.aio.AioRpcError as error:
             raise StageFailedError(f"{peer.peer_id}: {error.code().name}: {error.details()}") from error
         return torch.frombuffer(await self._read(peer, answer.state, answer.crc32), dtype=torch.uint8)
+
+    async def extend_at(self, peer: pb.Peer, request: pb.ExtendSessionRequest) -> None:
+        """Brings more of a request to another replica. Raises StageFailedError."""
+        try:
+            await self.stub(peer).ExtendSession(request, timeout=STAGE_DEADLINE_S)
+        except grpc.aio.AioRpcError as error:
+            raise StageFailedError(f"{peer.peer_id}: {error.code().name}: {error.details()}") from error
 
     async def end_at(self, peer: pb.Peer, session: str) -> None:
         """Frees a session at a member; one that cannot be reached frees it by itself."""
@@ -286,7 +322,3 @@ def status_of(error: AgentError) -> grpc.StatusCode:
             return grpc.StatusCode.UNAVAILABLE
         case _:
             return grpc.StatusCode.FAILED_PRECONDITION
-
-
-def _region(region: RegionRef) -> pb.Region:
-    return pb.Region(region_id=region.region_id, epoch=region.epoch, size_bytes=region.nbytes)

@@ -1068,7 +1068,7 @@ class StartTransferRequest(_message.Message):
     def lead(self) -> Global___Pipeline:
         """Nobody complete serves, and this replica leads: it takes requests at once and
         executes them as layers arrive, its own and those of `members`. Excludes
-        `live_source`.
+        `live_source`. With a higher generation a replica that loads begins to lead.
         """
 
     def __init__(
@@ -1139,19 +1139,27 @@ class DrainReplicaRequest(_message.Message):
 
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     GRACE_MS_FIELD_NUMBER: _builtins.int
+    DESTINATIONS_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The replica."""
     grace_ms: _builtins.int
     """How long running requests may go on."""
+    @_builtins.property
+    def destinations(self) -> _containers.RepeatedCompositeFieldContainer[_peer_pb2.Peer]:
+        """Complete replicas of the same checkpoint that serve: running requests move
+        there. None: they end here, or go back to their gateways after the grace.
+        """
+
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         grace_ms: _builtins.int = ...,
+        destinations: _abc.Iterable[_peer_pb2.Peer] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grace_ms", b"grace_ms", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["destinations", b"destinations", "grace_ms", b"grace_ms", "replica_id", b"replica_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

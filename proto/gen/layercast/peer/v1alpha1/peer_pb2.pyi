@@ -383,6 +383,7 @@ class Handoff(_message.Message):
     POSITIONS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
     CRC32_FIELD_NUMBER: _builtins.int
+    SESSION_FIELD_NUMBER: _builtins.int
     layers_done: _builtins.int
     """Layers executed on all `positions` of the prompt; hidden states are those
     after that layer (0: the embeddings). KV pages cover layers below it.
@@ -391,6 +392,10 @@ class Handoff(_message.Message):
     """How many tokens the state covers, starting at position 0."""
     crc32: _builtins.int
     """crc32 of those bytes."""
+    session: _builtins.str
+    """The session that ExtendSession filled for this request; empty without one.
+    Only complete replicas that serve take such a handoff.
+    """
     @_builtins.property
     def request(self) -> _engine_pb2.Request:
         """Tokens and sampling."""
@@ -410,10 +415,11 @@ class Handoff(_message.Message):
         positions: _builtins.int = ...,
         state: Global___Region | None = ...,
         crc32: _builtins.int = ...,
+        session: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["request", b"request", "state", b"state"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "layers_done", b"layers_done", "positions", b"positions", "request", b"request", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "layers_done", b"layers_done", "positions", b"positions", "request", b"request", "session", b"session", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -700,6 +706,89 @@ class RunStageResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___RunStageResponse: _TypeAlias = RunStageResponse  # noqa: Y015
+
+@_typing.final
+class ExtendSessionRequest(_message.Message):
+    """ExtendSessionRequest brings KV, or tokens to compute it from."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    SESSION_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    START_FIELD_NUMBER: _builtins.int
+    TOKEN_IDS_FIELD_NUMBER: _builtins.int
+    POSITIONS_MAX_FIELD_NUMBER: _builtins.int
+    GIVER_FIELD_NUMBER: _builtins.int
+    FIRST_LAYER_FIELD_NUMBER: _builtins.int
+    LAST_LAYER_FIELD_NUMBER: _builtins.int
+    STATE_FIELD_NUMBER: _builtins.int
+    CRC32_FIELD_NUMBER: _builtins.int
+    session: _builtins.str
+    """Names the KV of one request that moves; chosen by the caller."""
+    digest: _builtins.str
+    """The checkpoint."""
+    start: _builtins.int
+    """First position."""
+    positions_max: _builtins.int
+    """How many positions the session will have at most."""
+    first_layer: _builtins.int
+    """First layer of the state."""
+    last_layer: _builtins.int
+    """One after its last layer."""
+    crc32: _builtins.int
+    """crc32 of those bytes."""
+    @_builtins.property
+    def token_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
+        """The tokens at the positions from `start` on; ignored when there is a state."""
+
+    @_builtins.property
+    def giver(self) -> Global___Peer:
+        """Whose memory the state is."""
+
+    @_builtins.property
+    def state(self) -> Global___Region:
+        """K then V of each of those layers, each [positions, kv heads, head dim] in the
+        model's dtype, little-endian. Absent: the callee computes all layers.
+        """
+
+    def __init__(
+        self,
+        *,
+        session: _builtins.str = ...,
+        digest: _builtins.str = ...,
+        start: _builtins.int = ...,
+        token_ids: _abc.Iterable[_builtins.int] | None = ...,
+        positions_max: _builtins.int = ...,
+        giver: Global___Peer | None = ...,
+        first_layer: _builtins.int = ...,
+        last_layer: _builtins.int = ...,
+        state: Global___Region | None = ...,
+        crc32: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["giver", b"giver", "state", b"state"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["crc32", b"crc32", "digest", b"digest", "first_layer", b"first_layer", "giver", b"giver", "last_layer", b"last_layer", "positions_max", b"positions_max", "session", b"session", "start", b"start", "state", b"state", "token_ids", b"token_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendSessionRequest: _TypeAlias = ExtendSessionRequest  # noqa: Y015
+
+@_typing.final
+class ExtendSessionResponse(_message.Message):
+    """ExtendSessionResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ExtendSessionResponse: _TypeAlias = ExtendSessionResponse  # noqa: Y015
 
 @_typing.final
 class ReadStageRequest(_message.Message):

@@ -77,6 +77,11 @@ class PeerServiceStub(object):
                 request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.SerializeToString,
                 response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.FromString,
                 _registered_method=True)
+        self.ExtendSession = channel.unary_unary(
+                '/layercast.peer.v1alpha1.PeerService/ExtendSession',
+                request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionRequest.SerializeToString,
+                response_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionResponse.FromString,
+                _registered_method=True)
         self.ReadStage = channel.unary_unary(
                 '/layercast.peer.v1alpha1.PeerService/ReadStage',
                 request_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ReadStageRequest.SerializeToString,
@@ -203,6 +208,25 @@ class PeerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def ExtendSession(self, request, context):
+        """ExtendSession brings more of a request that is about to move here, while it
+        still runs at the caller: KV of some layers at the next positions to be read,
+        or, without a state, only the tokens there, of which the callee computes the
+        KV. OfferHandoffs then names the session; what the session lacks is computed
+        from the tokens. A session of which nothing is heard ends by itself.
+        Idempotent: a repeat stores the same.
+
+        | condition                      | code                | the caller then             |
+        |--------------------------------|---------------------|-----------------------------|
+        | another checkpoint, or partial | FAILED_PRECONDITION | moves it to another replica |
+        | no KV page is free             | RESOURCE_EXHAUSTED  | moves it to another replica |
+        | earlier positions are not here | NOT_FOUND           | begins the session anew     |
+        | the caller cannot be read      | UNAVAILABLE         | keeps the request           |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def ReadStage(self, request, context):
         """ReadStage offers the KV of a session for reading: the leader has become
         complete and goes on alone. It can be read until EndStage.
@@ -264,6 +288,11 @@ def add_PeerServiceServicer_to_server(servicer, server):
                     servicer.RunStage,
                     request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.FromString,
                     response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.SerializeToString,
+            ),
+            'ExtendSession': grpc.unary_unary_rpc_method_handler(
+                    servicer.ExtendSession,
+                    request_deserializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionRequest.FromString,
+                    response_serializer=layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionResponse.SerializeToString,
             ),
             'ReadStage': grpc.unary_unary_rpc_method_handler(
                     servicer.ReadStage,
@@ -495,6 +524,33 @@ class PeerService(object):
             '/layercast.peer.v1alpha1.PeerService/RunStage',
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageRequest.SerializeToString,
             layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.RunStageResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def ExtendSession(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.peer.v1alpha1.PeerService/ExtendSession',
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionRequest.SerializeToString,
+            layercast_dot_peer_dot_v1alpha1_dot_peer__pb2.ExtendSessionResponse.FromString,
             options,
             channel_credentials,
             insecure,

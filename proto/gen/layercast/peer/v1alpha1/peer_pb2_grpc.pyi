@@ -115,6 +115,21 @@ class PeerServiceStub:
     | a later stage failed           | its code            | as for that code         |
     | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
     """
+    ExtendSession: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ExtendSessionRequest, _peer_pb2.ExtendSessionResponse]
+    """ExtendSession brings more of a request that is about to move here, while it
+    still runs at the caller: KV of some layers at the next positions to be read,
+    or, without a state, only the tokens there, of which the callee computes the
+    KV. OfferHandoffs then names the session; what the session lacks is computed
+    from the tokens. A session of which nothing is heard ends by itself.
+    Idempotent: a repeat stores the same.
+
+    | condition                      | code                | the caller then             |
+    |--------------------------------|---------------------|-----------------------------|
+    | another checkpoint, or partial | FAILED_PRECONDITION | moves it to another replica |
+    | no KV page is free             | RESOURCE_EXHAUSTED  | moves it to another replica |
+    | earlier positions are not here | NOT_FOUND           | begins the session anew     |
+    | the caller cannot be read      | UNAVAILABLE         | keeps the request           |
+    """
     ReadStage: _grpc.UnaryUnaryMultiCallable[_peer_pb2.ReadStageRequest, _peer_pb2.ReadStageResponse]
     """ReadStage offers the KV of a session for reading: the leader has become
     complete and goes on alone. It can be read until EndStage.
@@ -209,6 +224,21 @@ class PeerServiceAsyncStub(PeerServiceStub):
     | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
     | a later stage failed           | its code            | as for that code         |
     | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+    """
+    ExtendSession: _aio.UnaryUnaryMultiCallable[_peer_pb2.ExtendSessionRequest, _peer_pb2.ExtendSessionResponse]  # type: ignore[assignment]
+    """ExtendSession brings more of a request that is about to move here, while it
+    still runs at the caller: KV of some layers at the next positions to be read,
+    or, without a state, only the tokens there, of which the callee computes the
+    KV. OfferHandoffs then names the session; what the session lacks is computed
+    from the tokens. A session of which nothing is heard ends by itself.
+    Idempotent: a repeat stores the same.
+
+    | condition                      | code                | the caller then             |
+    |--------------------------------|---------------------|-----------------------------|
+    | another checkpoint, or partial | FAILED_PRECONDITION | moves it to another replica |
+    | no KV page is free             | RESOURCE_EXHAUSTED  | moves it to another replica |
+    | earlier positions are not here | NOT_FOUND           | begins the session anew     |
+    | the caller cannot be read      | UNAVAILABLE         | keeps the request           |
     """
     ReadStage: _aio.UnaryUnaryMultiCallable[_peer_pb2.ReadStageRequest, _peer_pb2.ReadStageResponse]  # type: ignore[assignment]
     """ReadStage offers the KV of a session for reading: the leader has become
@@ -349,6 +379,27 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         | the session's KV is not here   | NOT_FOUND           | starts the session anew  |
         | a later stage failed           | its code            | as for that code         |
         | the giver cannot be read       | UNAVAILABLE         | starts the session anew  |
+        """
+
+    @_abc_1.abstractmethod
+    def ExtendSession(
+        self,
+        request: _peer_pb2.ExtendSessionRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_pb2.ExtendSessionResponse, _abc.Awaitable[_peer_pb2.ExtendSessionResponse]]:
+        """ExtendSession brings more of a request that is about to move here, while it
+        still runs at the caller: KV of some layers at the next positions to be read,
+        or, without a state, only the tokens there, of which the callee computes the
+        KV. OfferHandoffs then names the session; what the session lacks is computed
+        from the tokens. A session of which nothing is heard ends by itself.
+        Idempotent: a repeat stores the same.
+
+        | condition                      | code                | the caller then             |
+        |--------------------------------|---------------------|-----------------------------|
+        | another checkpoint, or partial | FAILED_PRECONDITION | moves it to another replica |
+        | no KV page is free             | RESOURCE_EXHAUSTED  | moves it to another replica |
+        | earlier positions are not here | NOT_FOUND           | begins the session anew     |
+        | the caller cannot be read      | UNAVAILABLE         | keeps the request           |
         """
 
     @_abc_1.abstractmethod
