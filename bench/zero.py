@@ -1,6 +1,6 @@
 """How soon a service without a replica answers, when k receivers load different parts first and serve together.
 
-    python -m bench.zero [--load-s 20] [--receivers 2,3]
+    python -m bench.zero [--load-s 30] [--receivers 2,3]
 
 Real processes on this machine: operator, gateway, agents with one worker each. Every agent has SmolLM2-135M-Instruct in
 fp32 on its own disk, which is slowed down so that one complete load takes `--load-s` (`layercast-agent
@@ -199,7 +199,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Entry point; 1 when an answer differs."""
     parser = argparse.ArgumentParser(prog="python -m bench.zero", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--load-s", type=float, default=20.0, help="how long one complete load takes (%(default)s)"
+        "--load-s", type=float, default=30.0, help="how long one complete load takes (%(default)s)"
     )
     parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer (%(default)s)")
     parser.add_argument(

@@ -33,6 +33,8 @@ BANNED_WORDS = frozenset({"utils", "util", "helpers", "helper", "common", "manag
 # Tests that may sleep, each with the reason why no event can be awaited there.
 SLEEPS_ALLOWED: dict[str, str] = {
     "tests/worker/conftest.py": "polls the status of a worker process, whose service has no call that waits",
+    "tests/worker/inprocess.py": "looks at a replica as its status does; nothing tells of every change of it",
+    "tests/worker/test_fault_runs.py": "a fault comes at a moment that is drawn, whatever happens then",
     "tests/cluster/operator_world.py": "keeps nodes alive that have no kubelet, and asks an API server again",
     "tests/cluster/test_operator_kubernetes.py": "asks an API server again: what it waits for is another process's",
 }

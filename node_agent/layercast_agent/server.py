@@ -173,6 +173,12 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         """UNIMPLEMENTED."""
         await _executes_nothing(context)
 
+    async def ExtendSession(
+        self, request: peer_pb2.ExtendSessionRequest, context: ServicerContext[Any, Any]
+    ) -> NoReturn:
+        """UNIMPLEMENTED."""
+        await _executes_nothing(context)
+
     async def ReadStage(
         self, request: peer_pb2.ReadStageRequest, context: ServicerContext[Any, Any]
     ) -> NoReturn:

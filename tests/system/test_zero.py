@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from datetime import datetime
 from pathlib import Path
 
@@ -35,8 +34,12 @@ async def wake(cluster: LocalCluster) -> ServiceStatus:
     async with client_of(cluster) as client:
         reference = await answers(client, PROMPTS, max_tokens=MAX_TOKENS)
         cluster.edit(MODEL, lambda changed: changed["spec"].update(replicas=0))
-        await _wait(cluster, reached=lambda seen: not seen.replicas, deadline_s=60, what="come to zero")
-        await asyncio.to_thread(every_disk, cluster)
+        await _wait(
+            cluster,
+            reached=lambda seen: not seen.replicas and packed_everywhere(cluster),
+            deadline_s=60,
+            what="come to zero, packed on every disk",
+        )
         cluster.edit(MODEL, lambda changed: changed["spec"].update(replicas=2))
         assert await answers(client, PROMPTS, max_tokens=MAX_TOKENS) == reference
         return await _wait(
@@ -44,14 +47,11 @@ async def wake(cluster: LocalCluster) -> ServiceStatus:
         )
 
 
-def every_disk(cluster: LocalCluster) -> None:
-    """Waits until both nodes have packed the model: at zero there is nothing else to be told by."""
+def packed_everywhere(cluster: LocalCluster) -> bool:
+    """Both nodes have the model on disk, each by itself."""
     assert cluster.layout is not None
-    deadline = time.monotonic() + 60
     folders = [cluster.state.node(node.name) / "store" for node in cluster.layout.nodes]
-    while not all(list(folder.rglob("manifest.json")) for folder in folders):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    return all(list(folder.rglob("manifest.json")) for folder in folders)
 
 
 async def test_two_disks_make_tokens_before_anybody_is_complete(

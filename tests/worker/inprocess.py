@@ -271,6 +271,9 @@ class Gateway:
                 case replay.CancelAt(address=address, attempt=attempt):
                     cancel = engine_pb2.Cancel(request_id=asked.state.work.request_id, attempt=attempt)
                     await self._write(address, cancel=cancel)
+                case replay.Requeue(refused_by=refused) if refused in self.routes:
+                    # The real gateway lets it rest; here the others come first from now on.
+                    self.routes.sort(key=lambda address: address == refused)
                 case replay.End():
                     asked.ends += 1
                 case replay.Fail(error=error):

@@ -148,15 +148,12 @@ class Run:
         if self.story == "migration":
             await self._events(self.chance.randint(1, 30))
             await a.replica.begin_drain(grace_s=5.0, destinations=[b.peer])
-        if self.story == "kv handoff":
-            moved: set[str] = set()
-            moves = set()
-            while a.alive:
-                for name, seq in list(a.replica.desk.owned.items()):
-                    if name not in moved:
-                        moved.add(name)
-                        moves.add(asyncio.create_task(a.replica.mover.move(seq, b.peer)))
-                await asyncio.sleep(0.001)
+        moves: dict[str, asyncio.Task[bool]] = {}
+        while self.story == "kv handoff" and a.alive:
+            for name, seq in a.replica.desk.owned.items():
+                if name not in moves:
+                    moves[name] = asyncio.create_task(a.replica.mover.move(seq, b.peer))
+            await asyncio.sleep(0.001)
 
     async def _fault(self, a: Worker, b: Worker) -> None:
         await self._events(self.chance.randint(0, 40))

@@ -23,7 +23,7 @@ from layercast.peer.v1alpha1 import peer_pb2, peer_pb2_grpc
 from layercast_agent import live
 from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence, TokenEvent
-from layercast_agent.errors import AgentError
+from layercast_agent.errors import AgentError, NoCapacityError
 from layercast_agent.migration import share_out
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
 from layercast_agent.tls import aio_channel
@@ -322,7 +322,11 @@ class Replica:
         if self.state in (agent_pb2.REPLICA_STATE_DRAINING, agent_pb2.REPLICA_STATE_DRAINED):
             return
         self.state = agent_pb2.REPLICA_STATE_DRAINING
-        self._spawn(self._drain(grace_s, destinations))
+        self._spawn(self._drain_unless_stopped(grace_s, destinations))
+
+    async def _drain_unless_stopped(self, grace_s: float, destinations: Ordered[peer_pb2.Peer]) -> None:
+        with contextlib.suppress(NoCapacityError):  # `close` gives back what is left
+            await self._drain(grace_s, destinations)
 
     async def _drain(self, grace_s: float, destinations: Ordered[peer_pb2.Peer]) -> None:
         reason = "the replica is being drained"
@@ -343,7 +347,9 @@ class Replica:
         peers = {peer.peer_id: peer for peer in destinations}
         places = share_out(list(self.desk.owned), list(peers))
         moves = (self.mover.move(self.desk.owned[request], peers[place]) for request, place in places.items())
-        await asyncio.gather(*moves)
+        for outcome in await asyncio.gather(*moves, return_exceptions=True):
+            if isinstance(outcome, Exception):
+                log.error("a move ended by an exception", exc_info=outcome)
 
     async def close(self) -> None:
         """Gives back what is left and frees the device; peers that still read are waited for."""
