@@ -130,7 +130,13 @@ def main() -> int:
         "log-format",
     ):
         parser.add_argument(f"--{name}", required=True)
-    for name in ("device-memory-bytes", "reserve-bytes", "egress-bytes-per-s", "parent-pid"):
+    for name in (
+        "device-memory-bytes",
+        "reserve-bytes",
+        "egress-bytes-per-s",
+        "disk-bytes-per-s",
+        "parent-pid",
+    ):
         parser.add_argument(f"--{name}", required=True, type=int)
     parser.add_argument("--host-memory-socket", required=True)
     parser.add_argument("--cpu-share", required=True, type=float)

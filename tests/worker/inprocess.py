@@ -194,6 +194,7 @@ class Gateway:
         self.events = 0
         self.changed = asyncio.Event()
         self._calls: dict[str, object] = {}
+        self._writing = asyncio.Lock()  # a stream takes one message at a time
         self._channels: list[grpc.aio.Channel] = []
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -285,8 +286,9 @@ class Gateway:
     async def _write(self, address: str, **command: object) -> None:
         call = self._calls.get(address)
         if call is not None:
-            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError, grpc.aio.UsageError):
-                await call.write(engine_pb2.GenerateRequest(**command))  # type: ignore[arg-type]
+            async with self._writing:
+                with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                    await call.write(engine_pb2.GenerateRequest(**command))  # type: ignore[arg-type]
 
     def _request(self, state: RequestState) -> engine_pb2.Request:
         request = engine_pb2.Request(

@@ -6,10 +6,11 @@ Used on the asyncio thread only. A session that its leader has forgotten (it die
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -116,7 +117,10 @@ class StageHost:
         """PeerService.ExtendSession. Raises AgentError."""
         if request.digest != self._digest or not self._loop.complete:
             raise PartialReplicaError("another checkpoint, or not all of it, is here")
-        self._heard_at[request.session] = time.monotonic()
+        with self._hearing(request.session):
+            await self._extend(request)
+
+    async def _extend(self, request: pb.ExtendSessionRequest) -> None:
         name, start, longest = request.session, request.start, request.positions_max
         if not request.HasField("state"):
             tokens = list(request.token_ids)
@@ -155,21 +159,30 @@ class StageHost:
     async def step(self, call: StageCall, hidden: torch.Tensor) -> None:
         """Runs the first stage of `call` here and sees the result through the others. Raises AgentError."""
         here = call.stages[0]
-        self._heard_at[call.session] = time.monotonic()
-        result = await asyncio.wrap_future(
-            self._loop.execute(
-                lambda engine: engine.stages.run(
-                    call.session,
-                    hidden,
-                    first=here.first,
-                    last=here.last,
-                    start=call.start,
-                    positions_max=call.positions_max,
+        with self._hearing(call.session):
+            result = await asyncio.wrap_future(
+                self._loop.execute(
+                    lambda engine: engine.stages.run(
+                        call.session,
+                        hidden,
+                        first=here.first,
+                        last=here.last,
+                        start=call.start,
+                        positions_max=call.positions_max,
+                    )
                 )
             )
-        )
         self.run_count += 1
         await self.pass_on(call, result, call.stages[1:])
+
+    @contextlib.contextmanager
+    def _hearing(self, session: str) -> Iterator[None]:
+        """Its leader spoke. Noted again afterwards: an end in between must not leave what is then opened for ever."""
+        self._heard_at[session] = time.monotonic()
+        try:
+            yield
+        finally:
+            self._heard_at[session] = time.monotonic()
 
     async def pass_on(self, call: StageCall, hidden: torch.Tensor, stages: tuple[pb.StageRange, ...]) -> None:
         """Gives hidden states to the first of `stages`, and returns when the last one has them."""
