@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 
 import grpc
@@ -68,7 +69,8 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         if replica is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is here any more")
             return pb.OfferHandoffsResponse()
-        return await replica.accept_offers(request)
+        # A caller that dies cancels the call: what was begun is finished, or a request would be owned and run nowhere.
+        return await asyncio.shield(replica.accept_offers(request))
 
     async def TakeHandoff(
         self,
@@ -78,7 +80,7 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         replica = self._replica()
         try:
             if replica is not None:
-                return await replica.give(request)
+                return await asyncio.shield(replica.give(request))
         except AgentError as error:
             await context.abort(grpc.StatusCode.UNAVAILABLE, str(error))
         await context.abort(grpc.StatusCode.UNAVAILABLE, "no replica is here any more")
@@ -91,7 +93,7 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
     ) -> pb.ReleaseHandoffResponse:
         replica = self._replica()
         if replica is not None:
-            await replica.release(request)
+            await asyncio.shield(replica.release(request))
         return pb.ReleaseHandoffResponse()
 
     async def RunStage(

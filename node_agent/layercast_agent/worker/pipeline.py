@@ -103,6 +103,8 @@ class Pipeline:
                 if stages is not None and self._can_lead():
                     await self._take(stages)
                 await self._pause()
+            # What is left are the ends of sessions at members: without them their pages would wait for a timeout.
+            await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
             for task in (*watches, *self._tasks):
                 task.cancel()

@@ -142,10 +142,10 @@ class StageHost:
         self._heard_at.pop(session, None)
 
     async def end(self, session: str) -> None:
-        """PeerService.EndStage."""
-        self._heard_at.pop(session, None)
+        """PeerService.EndStage. Cancelled in the middle, the session is still known, and ends by itself."""
         self._withdraw(session)
         await self._ask(lambda stages: stages.end(session))
+        self._heard_at.pop(session, None)
 
     async def expire(self) -> None:
         """Ends the sessions whose leaders are gone; to be called now and then."""
