@@ -176,6 +176,7 @@ class Api:
         """All that is known at a time goes out in one write: each one is a call of the kernel."""
         response = web.StreamResponse(headers=SSE_HEADERS)
         opened: set[int] = set()
+        events: list[bytes] = []
         running, code = len(job.choices), 200
         while running:
             events = []

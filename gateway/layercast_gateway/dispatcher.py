@@ -371,7 +371,7 @@ class Dispatcher:
         else:
             tracked.series.tbt.observe((now - tracked.last_token_at) / count, times=count)
         tracked.last_token_at = now
-        tracked.series.tokens.inc(count)
+        tracked.series.tokens.count += count
         if tracked.state.owner is not None:
             self.replicas.trust(tracked.state.owner)
         if self._queues[tracked.state.work.model]:

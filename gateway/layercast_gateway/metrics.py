@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 
-from layercast_gateway.tally import Tallies, Tally
+from layercast_gateway.tally import Tallies, Tally, Total, Totals
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TBT_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -36,7 +36,7 @@ class ModelSeries:
 
     ttft: Tally
     tbt: Tally
-    tokens: Counter
+    tokens: Total
 
 
 class Metrics:
@@ -95,7 +95,8 @@ class Metrics:
             by_model,
             registry=registry,
         )
-        self.tokens = Counter(prefix + "tokens", "Tokens delivered to clients.", by_model, registry=registry)
+        self.tokens = Totals(prefix + "tokens", "Tokens delivered to clients.")
+        registry.register(self.tokens)
         self._add_demand_only()
 
     def _add_demand_only(self) -> None:
@@ -129,7 +130,7 @@ class Metrics:
         found = self._of.get(model)
         if found is None:
             found = ModelSeries(
-                ttft=self.ttft.of(model), tbt=self.tbt.of(model), tokens=self.tokens.labels(model)
+                ttft=self.ttft.of(model), tbt=self.tbt.of(model), tokens=self.tokens.of(model)
             )
             self._of[model] = found
         return found

@@ -174,11 +174,11 @@ def on_event(
         # Only these two say that the worker still executes something for nobody.
         return [CancelAt(address, event.attempt)] if kind in ("accepted", "tokens") else []
     state.suspect_at = None if state.watch_s is None else now + state.watch_s
+    if kind == "tokens":
+        return _on_tokens(state, address=address, tokens=event.tokens)
     if kind == "accepted":
         _on_accepted(state, address=address)
         return []
-    if kind == "tokens":
-        return _on_tokens(state, address=address, tokens=event.tokens)
     if kind == "finished":
         return _on_finished(state, address=address, reason=event.finished.reason)
     if kind == "returned":
@@ -260,7 +260,8 @@ def _on_tokens(state: RequestState, *, address: str, tokens: engine_pb2.Tokens) 
         return _replay(state, f"tokens {have} to {tokens.position - 1} are missing")
     behind = have - tokens.position
     fresh = tuple(tokens.token_ids[behind:])
-    logprobs = tuple(tokens.logprobs[behind:])
+    told = tokens.logprobs
+    logprobs = tuple(told[behind:]) if told else ()
     if not fresh:
         return []
     state.accepted = state.started = True

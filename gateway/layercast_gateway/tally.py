@@ -1,7 +1,7 @@
-"""Histograms that cost a token less than a microsecond.
+"""Counters and histograms that cost a token less than a microsecond.
 
-The library's own ones lock twice and walk their buckets for every value, three microseconds a token. Everything here
-happens in one event loop, so counting needs no lock, and what Prometheus wants to read is made when it asks.
+The library's own ones lock for every value, and its histograms walk their buckets: four microseconds a token. Here
+everything happens in one event loop, so counting needs no lock, and what Prometheus reads is made when it asks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 
-from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.core import CounterMetricFamily, HistogramMetricFamily
 from prometheus_client.registry import Collector
 from prometheus_client.utils import floatToGoString
 
@@ -28,6 +28,39 @@ class Tally:
         """Counts a value, as often as it was seen."""
         self.counts[bisect_left(self._bounds, value)] += times
         self.total += value * times
+
+
+class Total:
+    """How many of one model there were."""
+
+    __slots__ = ("count",)
+
+    def __init__(self) -> None:
+        self.count = 0
+
+
+class Totals(Collector):
+    """One counter by model, as Prometheus reads it."""
+
+    def __init__(self, name: str, documentation: str) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._of: dict[str, Total] = {}
+
+    def of(self, model: str) -> Total:
+        """The counter of a model; the series exists from now on."""
+        return self._of.setdefault(model, Total())
+
+    def describe(self) -> Iterator[CounterMetricFamily]:
+        """The names, for a registry that is asked for some of them."""
+        yield CounterMetricFamily(self._name, self._documentation, labels=("model",))
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        """The series of this moment."""
+        family = CounterMetricFamily(self._name, self._documentation, labels=("model",))
+        for model, total in self._of.items():
+            family.add_metric([model], total.count)
+        yield family
 
 
 class Tallies(Collector):

@@ -7,24 +7,29 @@ import asyncio
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 
 from layercast_gateway.alarm import Alarm
 from layercast_gateway.generation import Piece, Pieces
-from layercast_gateway.tally import Tallies
+from layercast_gateway.tally import Tallies, Totals
 
 BOUNDS = (0.5, 1.0, 2.5)
 
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.sampled_from([0.0, 0.5, 0.75, 1.0, 2.5, 4.0]))))
-def test_histograms_are_those_of_the_library(values: list[tuple[str, float]]) -> None:
+def test_series_are_those_of_the_library(values: list[tuple[str, float]]) -> None:
     ours, theirs = CollectorRegistry(), CollectorRegistry()
     tallies = Tallies("x_seconds", "Help.", bounds=BOUNDS)
+    totals = Totals("x_seen", "Help.")
     ours.register(tallies)
+    ours.register(totals)
     histogram = Histogram("x_seconds", "Help.", ("model",), buckets=BOUNDS, registry=theirs)
+    counter = Counter("x_seen", "Help.", ("model",), registry=theirs)
     for model, value in values:
         tallies.of(model).observe(value)
         histogram.labels(model).observe(value)
+        totals.of(model).count += 2
+        counter.labels(model).inc(2)
     lines = generate_latest(theirs).decode().splitlines()
     assert generate_latest(ours).decode().splitlines() == [line for line in lines if "_created" not in line]
     asked = ours.restricted_registry(["x_seconds_bucket"])
