@@ -5,7 +5,7 @@ One `AnswerShape` a request knows the fields that repeat in every chunk. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -170,6 +170,34 @@ class AnswerShape:
             "top_logprobs": [{_token_text(t): t.logprob for t in token.top} for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+class EventStream:
+    """The events of one stream, from whatever pieces there are at a time."""
+
+    def __init__(self, shape: AnswerShape, echoes: Sequence[str]) -> None:
+        """One entry of `echoes` a choice, empty without an echo."""
+        self._shape = shape
+        self._echoes = echoes
+        self._opened: set[int] = set()
+        self.running = len(echoes)
+        """Choices that have not ended; 0 after an error."""
+        self.error: GatewayError | None = None
+        """What ended the stream behind the events that were given out."""
+
+    def take(self, pieces: Iterable[Piece]) -> bytes:
+        """The events of these pieces, up to an error."""
+        events = []
+        for piece in pieces:
+            if piece.error is not None:
+                self.error, self.running = piece.error, 0
+                break
+            if piece.index not in self._opened:
+                self._opened.add(piece.index)
+                events.append(self._shape.opening(piece.index, self._echoes[piece.index]))
+            events.append(self._shape.chunk(piece))
+            self.running -= piece.last
+        return b"".join(events)
 
 
 def _chat_logprob(token: TextToken) -> Json:

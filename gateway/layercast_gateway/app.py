@@ -17,7 +17,7 @@ from typing import Any
 from aiohttp import web
 
 from layercast_gateway import answers
-from layercast_gateway.answers import AnswerShape, ChoiceText
+from layercast_gateway.answers import AnswerShape, ChoiceText, EventStream
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import ClientError, GatewayError, RetryLaterError, ShuttingDownError
 from layercast_gateway.intake import Job, begin
@@ -175,32 +175,21 @@ class Api:
     ) -> tuple[web.StreamResponse, int]:
         """All that is known at a time goes out in one write: each one is a call of the kernel."""
         response = web.StreamResponse(headers=SSE_HEADERS)
-        opened: set[int] = set()
-        events: list[bytes] = []
-        running, code = len(job.choices), 200
-        while running:
-            events = []
-            for piece in await job.pieces.take():
-                if piece.error is not None:
-                    if not response.prepared and not events:
-                        raise piece.error
-                    log.warning("a stream ended with an error", extra={"reason": piece.error.message})
-                    events.append(answers.event(answers.error_body(piece.error)))
-                    running, code = 0, piece.error.status
-                    break
-                if piece.index not in opened:
-                    opened.add(piece.index)
-                    events.append(shape.opening(piece.index, job.echoes[piece.index]))
-                events.append(shape.chunk(piece))
-                running -= piece.last
+        stream, events = EventStream(shape, job.echoes), b""
+        while stream.running:
+            events = stream.take(await job.pieces.take())
+            if stream.error is not None and not (response.prepared or events):
+                raise stream.error
             if not response.prepared:
                 await response.prepare(request)
-            if running:
-                await response.write(b"".join(events))
-        if code == 200:
-            events.append(shape.closing(job.usage()))
-        await response.write_eof(b"".join(events))
-        return response, code
+            if stream.running:
+                await response.write(events)
+        if stream.error is None:
+            await response.write_eof(events + shape.closing(job.usage()))
+            return response, 200
+        log.warning("a stream ended with an error", extra={"reason": stream.error.message})
+        await response.write_eof(events + answers.event(answers.error_body(stream.error)))
+        return response, stream.error.status
 
     async def _render_metrics(self, request: web.Request) -> web.Response:
         """All series, or those of `?name[]=`: the operator asks for three, many times a second."""
