@@ -1,7 +1,8 @@
 """`python -m bench.gateway`: what the gateway carries, and what it adds to a request.
 
-Capacity: a real gateway alone on one core, against a worker stub that answers at once (`gateway_stub`); clients
-and stub have another core. Short requests (not streamed) and streams (server-sent events) alternate. Because clients
+Capacity: a real gateway alone on one core, against a worker stub that executes nothing (`gateway_stub`) and takes a
+step every two milliseconds (`--step-ms`), all running requests in one message, as a worker does; clients and stub have
+another core. Short requests (not streamed) and streams (server-sent events) alternate. Because clients
 written in Python may be the slower side, rates per second of the gateway's own processor time stand beside the rates
 per second: those are what one core carries.
 
@@ -185,7 +186,7 @@ def wait_ready(url: str, gateway: subprocess.Popen[str], log: Path) -> None:
     raise BenchError(f"the gateway did not get ready:\n{log.read_text()[-2000:]}")
 
 
-def capacity(model_dir: Path, *, rounds: int, seconds: float) -> dict[str, list[Carried]]:
+def capacity(model_dir: Path, *, rounds: int, seconds: float, step_s: float) -> dict[str, list[Carried]]:
     """Windows of every kind of load, in turns; the gateway has one core, all others the rest."""
     cores = sorted(os.sched_getaffinity(0))
     if len(cores) < 2:
@@ -193,7 +194,7 @@ def capacity(model_dir: Path, *, rounds: int, seconds: float) -> dict[str, list[
     found: dict[str, list[Carried]] = {load.name: [] for load in LOADS}
     with contextlib.ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        command = [sys.executable, "-m", "bench.gateway_stub", str(model_dir)]
+        command = [sys.executable, "-m", "bench.gateway_stub", str(model_dir), str(step_s)]
         stub = stack.enter_context(running(command, core=cores[1], log=folder / "stub"))
         assert stub.stdout is not None
         line = stub.stdout.readline()
@@ -242,7 +243,9 @@ def _median(windows: list[Carried], figure: Callable[[Carried], float]) -> float
 def run(arguments: argparse.Namespace, model_dir: Path) -> dict[str, object]:
     """Measure what was asked for, print the tables, return the figures."""
     print(report.hardware())
-    found = capacity(model_dir, rounds=arguments.rounds, seconds=arguments.seconds)
+    found = capacity(
+        model_dir, rounds=arguments.rounds, seconds=arguments.seconds, step_s=arguments.step_ms / 1000
+    )
     print(show(found))
     short, streams = found[LOADS[0].name], found[LOADS[1].name]
     values: dict[str, object] = {
@@ -270,6 +273,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=8.0, help="of one window")
+    parser.add_argument("--step-ms", type=float, default=2.0, help="of the stub; 0: a message a token")
     parser.add_argument("--pairs", type=int, default=60, help="of requests for the overhead; 0 leaves it out")
     parser.add_argument("--model-dir", type=Path, default=default_model_dir())
     arguments = parser.parse_args()

@@ -1,7 +1,9 @@
 """A worker stub on the wire, and the operator that tells of it: the other end of a gateway under measurement.
 
-The stub executes nothing. Like a worker it takes steps: each step answers every running request with its next token,
-all of them in one message. It says its addresses as one JSON line and serves until its stdin ends.
+The stub executes nothing. Like a worker it takes steps, though shorter ones than any engine: each step answers every
+running request with its next token, all of them in one message. Without the pause between steps a request would be
+answered before the next one came, and a message would carry one token, which is a different load: that of an engine
+without batches. It says its addresses as one JSON line and serves until its stdin ends.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -64,8 +67,9 @@ class Running:
 class Stub(EngineServiceServicer):
     """The worker."""
 
-    def __init__(self, files: dict[str, bytes]) -> None:
+    def __init__(self, files: dict[str, bytes], *, step_s: float) -> None:
         self._files = files
+        self._step_s = step_s
 
     async def GetModelFiles(self, request: Any, context: Any) -> engine_pb2.GetModelFilesResponse:
         """As engine.proto says."""
@@ -78,9 +82,12 @@ class Stub(EngineServiceServicer):
         running: dict[str, Running] = {}
         work = asyncio.Event()
         reader = asyncio.create_task(self._read(request_iterator, running, work))
+        next_at = 0.0
         try:
             while True:
                 await work.wait()
+                await asyncio.sleep(max(0.0, next_at - time.monotonic()))
+                next_at = time.monotonic() + self._step_s
                 events = [event for each in list(running.values()) for event in each.step()]
                 for request_id in [name for name, each in running.items() if each.over]:
                     del running[request_id]
@@ -96,6 +103,8 @@ class Stub(EngineServiceServicer):
                 request = command.submit.request
                 running[request.request_id] = Running(request)
                 work.set()
+            elif command.WhichOneof("command") == "cancel":
+                running.pop(command.cancel.request_id, None)
 
 
 class Routes(RouteServiceServicer):
@@ -116,12 +125,12 @@ class Routes(RouteServiceServicer):
         await asyncio.Event().wait()
 
 
-async def serve(model_dir: Path) -> None:
+async def serve(model_dir: Path, *, step_s: float) -> None:
     """Serve until the end of stdin."""
     names = ("tokenizer.json", "tokenizer_config.json", "config.json")
     files = {name: (model_dir / name).read_bytes() for name in names if (model_dir / name).exists()}
     server = grpc.aio.server()
-    add_EngineServiceServicer_to_server(Stub(files), server)
+    add_EngineServiceServicer_to_server(Stub(files, step_s=step_s), server)
     worker = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
     operator = grpc.aio.server()
     add_RouteServiceServicer_to_server(Routes(worker), operator)
@@ -136,4 +145,4 @@ async def serve(model_dir: Path) -> None:
 
 
 if __name__ == "__main__":
-    uvloop.run(serve(Path(sys.argv[1])))
+    uvloop.run(serve(Path(sys.argv[1]), step_s=float(sys.argv[2])))

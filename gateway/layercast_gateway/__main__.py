@@ -6,7 +6,9 @@ Exit codes: 0 after SIGTERM or SIGINT, 1 when a part of the gateway failed, 2 fo
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
+import os
 import signal
 import sys
 
@@ -28,6 +30,8 @@ def main() -> None:
     try:
         settings = from_arguments(sys.argv[1:])
         logs.set_up(log_format=settings.log_format, level=settings.log_level)
+        # Prompts are tokenised one by one: handing each to a pool of threads takes longer than it does.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         code = uvloop.run(serve(settings))
     except SettingsError as error:
         sys.stderr.write(f"layercast-gateway: {error}\n")
@@ -42,6 +46,9 @@ async def serve(settings: Settings) -> int:
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
     gateway = Gateway(settings)
     await gateway.start()
+    # What was imported stays: the collector need not look through it again and again.
+    gc.collect()
+    gc.freeze()
     broken = asyncio.create_task(gateway.until_broken())
     stopped = asyncio.create_task(stop.wait())
     await asyncio.wait((broken, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -5,7 +5,7 @@ One `AnswerShape` a request knows the fields that repeat in every chunk. Nothing
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,9 @@ from layercast_gateway.generation import Piece, TextToken, TokenLogprob
 from layercast_gateway.openai import ApiKind
 
 EVENT_DONE = b"data: [DONE]\n\n"
+
+TEXT_MARK = "\0text\0"
+"""Stands for the text of a chunk until it is known; neither a model's name nor an id has such characters."""
 
 Json = dict[str, Any]
 
@@ -35,7 +38,7 @@ class ChoiceText:
         self.finish_reason = piece.finish_reason
 
 
-def encode(value: Json) -> bytes:
+def encode(value: Json | str) -> bytes:
     """JSON in UTF-8."""
     return msgspec.json.encode(value)
 
@@ -81,6 +84,8 @@ class AnswerShape:
     created_unix_s: int
     logprobs: bool
     include_usage: bool
+    _frames: dict[int, tuple[bytes, bytes]] = field(default_factory=dict)
+    """Of each choice: what stands before and behind the text of a chunk that has nothing but text."""
 
     def body(self, choices: Sequence[ChoiceText], usage: Json) -> Json:
         """The answer of a request that does not stream."""
@@ -101,13 +106,15 @@ class AnswerShape:
 
     def chunk(self, piece: Piece) -> bytes:
         """The events of one piece. The end of a chat is an event of its own, without content."""
+        if piece.finish_reason is None and not self.logprobs:
+            frame = self._frames.get(piece.index) or self._frame(piece.index)
+            return frame[0] + msgspec.json.encode(piece.text) + frame[1]
+        logprobs = self._logprobs(piece.tokens)
         if self.kind is ApiKind.COMPLETION:
-            logprobs = self._logprobs(piece.tokens)
-            return self._chunk(piece.index, {"text": piece.text, "logprobs": logprobs}, piece.finish_reason)
+            return self._text_chunk(piece.index, piece.text, logprobs, piece.finish_reason)
         events = b""
         if piece.text or piece.tokens:
-            content = {"delta": {"content": piece.text}, "logprobs": self._logprobs(piece.tokens)}
-            events = self._chunk(piece.index, content, None)
+            events = self._text_chunk(piece.index, piece.text, logprobs, None)
         if piece.finish_reason is not None:
             events += self._chunk(piece.index, {"delta": {}, "logprobs": None}, piece.finish_reason)
         return events
@@ -135,6 +142,15 @@ class AnswerShape:
         usage = {"usage": None} if self.include_usage else {}
         return event({**self._head(self._chunk_object()), "choices": [choice], **usage})
 
+    def _text_chunk(self, index: int, text: str, logprobs: Json | None, finish_reason: str | None) -> bytes:
+        said: Json = {"text": text} if self.kind is ApiKind.COMPLETION else {"delta": {"content": text}}
+        return self._chunk(index, {**said, "logprobs": logprobs}, finish_reason)
+
+    def _frame(self, index: int) -> tuple[bytes, bytes]:
+        head, _, tail = self._text_chunk(index, TEXT_MARK, None, None).partition(encode(TEXT_MARK))
+        self._frames[index] = head, tail
+        return head, tail
+
     def _choice(self, index: int, choice: ChoiceText) -> Json:
         logprobs = self._logprobs(choice.tokens)
         rest = {"index": index, "logprobs": logprobs, "finish_reason": choice.finish_reason}
@@ -154,6 +170,34 @@ class AnswerShape:
             "top_logprobs": [{_token_text(t): t.logprob for t in token.top} for token in tokens],
             "text_offset": [token.offset for token in tokens],
         }
+
+
+class EventStream:
+    """The events of one stream, from whatever pieces there are at a time."""
+
+    def __init__(self, shape: AnswerShape, echoes: Sequence[str]) -> None:
+        """One entry of `echoes` a choice, empty without an echo."""
+        self._shape = shape
+        self._echoes = echoes
+        self._opened: set[int] = set()
+        self.running = len(echoes)
+        """Choices that have not ended; 0 after an error."""
+        self.error: GatewayError | None = None
+        """What ended the stream behind the events that were given out."""
+
+    def take(self, pieces: Iterable[Piece]) -> bytes:
+        """The events of these pieces, up to an error."""
+        events = []
+        for piece in pieces:
+            if piece.error is not None:
+                self.error, self.running = piece.error, 0
+                break
+            if piece.index not in self._opened:
+                self._opened.add(piece.index)
+                events.append(self._shape.opening(piece.index, self._echoes[piece.index]))
+            events.append(self._shape.chunk(piece))
+            self.running -= piece.last
+        return b"".join(events)
 
 
 def _chat_logprob(token: TextToken) -> Json:

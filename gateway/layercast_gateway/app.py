@@ -9,15 +9,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import time
-import uuid
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import web
 
 from layercast_gateway import answers
-from layercast_gateway.answers import AnswerShape, ChoiceText
+from layercast_gateway.answers import AnswerShape, ChoiceText, EventStream
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import ClientError, GatewayError, RetryLaterError, ShuttingDownError
 from layercast_gateway.intake import Job, begin
@@ -134,7 +134,7 @@ class Api:
             label["code"] = str(CLIENT_LEFT)
             raise
         finally:
-            self._metrics.requests.labels(**label).inc()
+            self._metrics.ended(**label)
             self._active -= 1
             if not self._active:
                 self._idle.set()
@@ -146,7 +146,7 @@ class Api:
         job = await begin(wanted, settings=self._settings, dispatcher=self._dispatcher, texts=self._texts)
         shape = AnswerShape(
             kind=wanted.kind,
-            answer_id=("chatcmpl-" if wanted.messages else "cmpl-") + uuid.uuid4().hex,
+            answer_id=("chatcmpl-" if wanted.messages else "cmpl-") + secrets.token_hex(16),
             model=wanted.model,
             created_unix_s=int(time.time()),
             logprobs=wanted.logprobs,
@@ -161,35 +161,35 @@ class Api:
 
     async def _whole(self, job: Job, shape: AnswerShape) -> web.Response:
         choices = [ChoiceText(text=echo) for echo in job.echoes]
-        async for piece in job.pieces():
-            if piece.error is not None:
-                raise piece.error
-            choices[piece.index].add(piece)
+        running = len(choices)
+        while running:
+            for piece in await job.pieces.take():
+                if piece.error is not None:
+                    raise piece.error
+                choices[piece.index].add(piece)
+                running -= piece.last
         return _json(shape.body(choices, job.usage()))
 
     async def _stream(
         self, request: web.Request, job: Job, shape: AnswerShape
     ) -> tuple[web.StreamResponse, int]:
+        """All that is known at a time goes out in one write: each one is a call of the kernel."""
         response = web.StreamResponse(headers=SSE_HEADERS)
-        opened: set[int] = set()
-        async for piece in job.pieces():
-            if piece.error is not None:
-                if not response.prepared:
-                    raise piece.error
-                log.warning("a stream ended with an error", extra={"reason": piece.error.message})
-                await response.write(answers.event(answers.error_body(piece.error)))
-                await response.write_eof()
-                return response, piece.error.status
-            events = shape.chunk(piece)
-            if piece.index not in opened:
-                opened.add(piece.index)
-                events = shape.opening(piece.index, job.echoes[piece.index]) + events
+        stream, events = EventStream(shape, job.echoes), b""
+        while stream.running:
+            events = stream.take(await job.pieces.take())
+            if stream.error is not None and not (response.prepared or events):
+                raise stream.error
             if not response.prepared:
                 await response.prepare(request)
-            await response.write(events)
-        await response.write(shape.closing(job.usage()))
-        await response.write_eof()
-        return response, 200
+            if stream.running:
+                await response.write(events)
+        if stream.error is None:
+            await response.write_eof(events + shape.closing(job.usage()))
+            return response, 200
+        log.warning("a stream ended with an error", extra={"reason": stream.error.message})
+        await response.write_eof(events + answers.event(answers.error_body(stream.error)))
+        return response, stream.error.status
 
     async def _render_metrics(self, request: web.Request) -> web.Response:
         """All series, or those of `?name[]=`: the operator asks for three, many times a second."""
@@ -251,7 +251,9 @@ async def _openai_errors(request: web.Request, handler: Handler) -> web.StreamRe
             response.headers["Allow"] = error.headers["Allow"]
         return response
     except ConnectionResetError:
-        raise  # the client left; there is nobody to answer
+        return web.Response(
+            status=CLIENT_LEFT
+        )  # nobody reads it; raised, the library would log it as a defect
     except Exception:
         log.exception("a request failed", extra={"path": request.path})
         return _error_response(GatewayError("Internal error."))

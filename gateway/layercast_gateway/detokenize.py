@@ -14,6 +14,10 @@ REPLACEMENT = "\ufffd"
 Decode = Callable[[Sequence[int]], str]
 """Token ids to text; bytes that are no UTF-8 (yet) become U+FFFD."""
 
+Alone = Callable[[int], str | None]
+"""The text of a token that is the same whatever stands before it, as long as that ends with a whole character; None
+when there is no such text."""
+
 
 class Detokenizer:
     """Turns one token after another into text, by decoding a short window of the last ones.
@@ -22,11 +26,17 @@ class Detokenizer:
     write a word's leading space only when something stands before it. So the window starts at a character border,
     is decoded whole, and only what lies behind the part that was already given out is new. U+FFFD at its end is
     withheld: a later token may complete it, and `flush` gives out what never was.
+
+    Most tokens of byte-level tokenizers are whole characters and need no neighbours: their text is known beforehand.
     """
 
-    def __init__(self, decode: Decode, *, before: Sequence[int] = ()) -> None:
-        """`before` are the last tokens of a prompt that the text continues; they are context, not output."""
+    def __init__(self, decode: Decode, *, before: Sequence[int] = (), alone: Alone | None = None) -> None:
+        """`before` are the last tokens of a prompt that the text continues; they are context, not output.
+
+        Without `alone` every token is decoded among its neighbours.
+        """
         self._decode = decode
+        self._alone = alone
         # A prompt may end within a character; its half must not be completed by the output's first token.
         context = list(before) if before and not decode(before).endswith(REPLACEMENT) else []
         self._window = context
@@ -35,6 +45,12 @@ class Detokenizer:
 
     def feed(self, token_id: int) -> str:
         """The text that this token makes certain; often empty, sometimes more than its own."""
+        at_border = self._border == len(self._window)
+        if at_border and self._alone is not None and (known := self._alone(token_id)) is not None:
+            # A text that depends on no neighbour is no neighbour for others either.
+            if self._window:
+                self._window, self._border, self._given = [], 0, 0
+            return known
         self._window.append(token_id)
         text = self._decode(self._window)
         certain = text.rstrip(REPLACEMENT)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,8 +19,10 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from layercast.engine.v1alpha1 import engine_pb2
 
 from layercast_gateway import replay
+from layercast_gateway.alarm import Alarm
+from layercast_gateway.counts import demands, occupations
 from layercast_gateway.errors import GatewayError, NoReplicaError, ShuttingDownError, UnknownModelError
-from layercast_gateway.metrics import Demand, Metrics
+from layercast_gateway.metrics import Demand, Metrics, ModelSeries
 from layercast_gateway.pulse import Pulse
 from layercast_gateway.queue import Admission, RequestQueue
 from layercast_gateway.replay import Phase, RequestState, Work
@@ -36,6 +37,11 @@ log = logging.getLogger(__name__)
 IDLE_S = 60.0
 REMOVED_PATIENCE = 5
 """A worker that left the table may be dead without a broken stream: silence counts after so many times `silence_s`."""
+
+
+TELL_AGAIN_S = 1.0
+TOLD_MAX = 4096
+"""Cancellations that are remembered; one that is forgotten may be sent again."""
 
 
 class Sink(Protocol):
@@ -56,6 +62,7 @@ class _Tracked:
     state: RequestState
     sink: Sink
     accepted_at: float
+    series: ModelSeries
     last_token_at: float | None = None
 
 
@@ -74,6 +81,8 @@ class Dispatcher:
         self._unavailable_since: dict[str, float] = {}
         self._due = 0.0
         self._wake = asyncio.Event()
+        self._told: dict[tuple[str, replay.Instruction], float] = {}
+        """Who was told to end what nobody waits for, and when to say it again if it is not heard."""
         self.closing = False
         self.changed = Pulse()
         """Fires whenever routes or connections change."""
@@ -156,7 +165,10 @@ class Dispatcher:
         """Accepts a request: its sink hears of it until it ends. `accepted_at` is monotonic seconds."""
         admission.use()
         state = RequestState(work=work)
-        self._requests[work.request_id] = _Tracked(state=state, sink=sink, accepted_at=accepted_at)
+        series = self._metrics.of(work.model)
+        self._requests[work.request_id] = _Tracked(
+            state=state, sink=sink, accepted_at=accepted_at, series=series
+        )
         self._queues[work.model].put(work.request_id, arrived_at=work.arrived_at)
         refused_at = self.gives_up_at(work.model, accepted_at=accepted_at)
         self._look_again_at(work.deadline if refused_at is None else min(work.deadline, refused_at))
@@ -178,27 +190,11 @@ class Dispatcher:
 
     def demands(self) -> list[Demand]:
         """Demand by model."""
-        waiting: Counter[str] = Counter()
-        prompt_tokens: Counter[str] = Counter()
-        in_flight: Counter[str] = Counter()
-        for model, queue in self._queues.items():
-            waiting[model] += queue.reserved
-            in_flight[model] += queue.reserved
-        for tracked in self._requests.values():
-            work = tracked.state.work
-            in_flight[work.model] += 1
-            if not tracked.state.tokens:
-                waiting[work.model] += 1
-                prompt_tokens[work.model] += len(work.prompt)
-        return [
-            Demand(
-                model=model,
-                prompt_tokens_waiting=prompt_tokens[model],
-                requests_waiting=waiting[model],
-                requests_in_flight=in_flight[model],
-            )
-            for model in sorted({*(self._table or {}), *in_flight})
-        ]
+        reserved = {model: queue.reserved for model, queue in self._queues.items()}
+        return demands(self._states(), reserved, models=self._table or ())
+
+    def _states(self) -> Iterator[RequestState]:
+        return (tracked.state for tracked in self._requests.values())
 
     # --- events of the streams ----------------------------------------------------------------------------------
 
@@ -226,13 +222,13 @@ class Dispatcher:
             state = tracked.state if tracked is not None else None
             instructions = replay.on_event(state, address=address, event=event, now=now)
             if tracked is None:
-                self._cancel_unknown(event.request_id, instructions)
+                self._cancel_unknown(event.request_id, instructions, now=now)
                 continue
             # An announcement of an old attempt is answered; one of the current attempt needs no answer.
             if not instructions and event.accepted.layers_done:
                 self._metrics.handoffs.labels(tracked.state.work.model).inc()
             try:
-                self._carry_out(tracked, instructions)
+                self._carry_out(tracked, instructions, now=now)
             except Exception:  # a defect of ours ends this request, not the stream with all the others
                 log.exception("a request failed", extra={"request": event.request_id})
                 self._carry_out(tracked, replay.fail(tracked.state, GatewayError("Internal error.")))
@@ -241,21 +237,22 @@ class Dispatcher:
 
     async def run(self) -> None:
         """Dispatches and watches the time until cancelled."""
-        while True:
-            self._wake.clear()
-            now = time.monotonic()
-            if now >= self._due:
-                self._due = self._act_on_time(now)
-            for model in [*self._queues]:
-                self._dispatch(model, now)
-            if self.replicas.retired:
-                used = {a for t in self._requests.values() for a in t.state.holders}
-                await self.replicas.close_unused(used)
-            try:
-                async with asyncio.timeout(max(0.0, self._due - time.monotonic())):
-                    await self._wake.wait()
-            except TimeoutError:
-                continue
+        alarm = Alarm(self._wake.set)
+        try:
+            while True:
+                self._wake.clear()
+                now = time.monotonic()
+                if now >= self._due:
+                    self._due = self._act_on_time(now)
+                for model in [*self._queues]:
+                    self._dispatch(model, now)
+                if self.replicas.retired:
+                    used = {a for t in self._requests.values() for a in t.state.holders}
+                    await self.replicas.close_unused(used)
+                alarm.at_latest(self._due)
+                await self._wake.wait()
+        finally:
+            alarm.close()
 
     def _look_again_at(self, when: float) -> None:
         self._due = min(self._due, when)
@@ -280,47 +277,45 @@ class Dispatcher:
         """Gives waiting requests away while somebody has room."""
         queue = self._queues[model]
         route = (self._table or {}).get(model)
-        while route is not None and (request_id := queue.head()) is not None:
-            candidates = self.replicas.candidates(route, self._occupations(route))
+        if route is None or not queue:
+            return
+        serving = {e.address for e in route.endpoints if e.state is EndpointState.SERVING}
+        occupied = occupations(self._states(), serving)
+        while (request_id := queue.head()) is not None:
+            candidates = self.replicas.candidates(route, occupied)
             choice = choose(candidates, window=self._settings.window_requests, now=now)
             if choice.candidate is None:
                 self._look_again_at(choice.retry_at if choice.retry_at is not None else self._due)
                 return
             queue.remove(request_id)
             tracked = self._requests[request_id]
-            fields = {"request": request_id, "replica": choice.candidate.replica_id, "reason": choice.reason}
-            log.debug("request dispatched", extra={**fields, "attempt": tracked.state.attempt + 1})
+            if log.isEnabledFor(logging.DEBUG):
+                fields = {"request": request_id, "replica": choice.candidate.replica_id}
+                fields |= {"reason": choice.reason, "attempt": str(tracked.state.attempt + 1)}
+                log.debug("request dispatched", extra=fields)
             accept_by = now + self._settings.accept_timeout_s
             self._look_again_at(accept_by)
             address = choice.candidate.address
             self._carry_out(tracked, replay.dispatch(tracked.state, address=address, accept_by=accept_by))
-
-    def _occupations(self, route: ModelRoute) -> dict[str, Occupation]:
-        """What counts against whom: a request counts where it was given to, or at the serving replica that took it."""
-        serving = {e.address for e in route.endpoints if e.state is EndpointState.SERVING}
-        unstarted: Counter[str] = Counter()
-        in_flight: Counter[str] = Counter()
-        for tracked in self._requests.values():
-            state = tracked.state
-            at = state.owner if state.owner in serving else state.given_to
-            if state.phase is Phase.DISPATCHED and at is not None:
-                in_flight[at] += 1
-                unstarted[at] += not state.started
-        return {a: Occupation(unstarted=unstarted[a], in_flight=in_flight[a]) for a in in_flight}
+            before = occupied.get(address, Occupation())
+            occupied[address] = Occupation(before.unstarted + 1, before.in_flight + 1)
 
     # --- instructions -------------------------------------------------------------------------------------------
 
-    def _carry_out(self, tracked: _Tracked, instructions: Sequence[replay.Instruction]) -> None:
+    def _carry_out(
+        self, tracked: _Tracked, instructions: Sequence[replay.Instruction], *, now: float = 0.0
+    ) -> None:
+        """`now` counts for tokens."""
         for instruction in instructions:
             match instruction:
+                case replay.Deliver():
+                    if self._deliver(tracked, instruction, now=now):
+                        self._carry_out(tracked, replay.abandon(tracked.state))
+                        break  # the sink ended the request by itself
                 case replay.Submit(address):
                     self._submit(tracked.state, address)
                 case replay.CancelAt(address, attempt):
                     self._cancel(tracked.state.work.request_id, address, attempt)
-                case replay.Deliver():
-                    if self._deliver(tracked, instruction):
-                        self._carry_out(tracked, replay.abandon(tracked.state))
-                        break  # the sink ended the request by itself
                 case replay.Requeue():
                     self._requeue(tracked.state, instruction)
                 case replay.End(reason):
@@ -357,24 +352,29 @@ class Dispatcher:
         cancel = engine_pb2.Cancel(request_id=request_id, attempt=attempt)
         self.replicas.send(address, engine_pb2.GenerateRequest(cancel=cancel))
 
-    def _cancel_unknown(self, request_id: str, instructions: Sequence[replay.Instruction]) -> None:
+    def _cancel_unknown(
+        self, request_id: str, instructions: Sequence[replay.Instruction], *, now: float
+    ) -> None:
+        """Not for each token that was under way: that alone would fill the stream to the worker."""
         for instruction in instructions:
-            if isinstance(instruction, replay.CancelAt):
+            told = request_id, instruction
+            if isinstance(instruction, replay.CancelAt) and self._told.get(told, 0.0) <= now:
+                if len(self._told) >= TOLD_MAX:
+                    self._told.clear()
+                self._told[told] = now + TELL_AGAIN_S
                 self._cancel(request_id, instruction.address, instruction.attempt)
 
-    def _deliver(self, tracked: _Tracked, deliver: replay.Deliver) -> bool:
-        now, model, count = time.monotonic(), tracked.state.work.model, len(deliver.token_ids)
+    def _deliver(self, tracked: _Tracked, deliver: replay.Deliver, *, now: float) -> bool:
+        count = len(deliver.token_ids)
         if tracked.last_token_at is None:
-            self._metrics.ttft.labels(model).observe(now - tracked.accepted_at)
+            tracked.series.ttft.observe(now - tracked.accepted_at)
         else:
-            between = (now - tracked.last_token_at) / count
-            for _ in range(count):
-                self._metrics.tbt.labels(model).observe(between)
+            tracked.series.tbt.observe((now - tracked.last_token_at) / count, times=count)
         tracked.last_token_at = now
-        self._metrics.tokens.labels(model).inc(count)
+        tracked.series.tokens.count += count
         if tracked.state.owner is not None:
             self.replicas.trust(tracked.state.owner)
-        if self._queues[model]:
+        if self._queues[tracked.state.work.model]:
             self._wake.set()  # a window may have room now
         return tracked.sink.on_tokens(deliver.token_ids, deliver.logprobs)
 

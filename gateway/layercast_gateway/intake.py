@@ -6,8 +6,7 @@ import asyncio
 import hashlib
 import secrets
 import time
-import uuid
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from layercast.engine.v1alpha1 import engine_pb2
@@ -15,7 +14,7 @@ from layercast.engine.v1alpha1 import engine_pb2
 from layercast_gateway import answers
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import ClientError, ContextLengthError
-from layercast_gateway.generation import Choice, Piece, pieces_max
+from layercast_gateway.generation import Choice, Pieces, pieces_max
 from layercast_gateway.openai import ApiKind, GenerationRequest
 from layercast_gateway.replay import Work
 from layercast_gateway.settings import Settings
@@ -28,7 +27,7 @@ THREAD_CHARACTERS = 16_384
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One API request under way: its choices and the queue of their news."""
+    """One API request under way: its choices and what they have to say."""
 
     dispatcher: Dispatcher
     request_ids: tuple[str, ...]
@@ -36,15 +35,7 @@ class Job:
     echoes: tuple[str, ...]
     """Of each choice: the prompt's text when it was asked for, else empty."""
     prompt_tokens: int
-    queue: asyncio.Queue[Piece]
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """News in the order of arrival, until every choice has ended."""
-        running = len(self.choices)
-        while running:
-            piece = await self.queue.get()
-            running -= piece.last
-            yield piece
+    pieces: Pieces
 
     def usage(self) -> answers.Json:
         """Token counts up to now."""
@@ -72,16 +63,15 @@ async def begin(
         prompts = await _encode(wanted, text)
         context = dispatcher.route(wanted.model).context_length_max or text.context_length_max
         limits = [_max_tokens(wanted, prompt, context) for prompt in prompts]
-        queue: asyncio.Queue[Piece] = asyncio.Queue(
-            sum(pieces_max(choices=wanted.choices, max_tokens=limit) for limit in limits)
-        )
+        most = sum(pieces_max(choices=wanted.choices, max_tokens=limit) for limit in limits)
+        pieces = Pieces(most, wake_early=wanted.stream)
         _check_ids(wanted, text)
         seed = secrets.randbits(63) if wanted.sampling.seed is None else wanted.sampling.seed
         choices, request_ids, echoes = [], [], []
         for index in range(places):
             prompt, limit = prompts[index // wanted.choices], limits[index // wanted.choices]
             work = Work(
-                request_id=uuid.uuid4().hex,
+                request_id=secrets.token_hex(16),
                 model=wanted.model,
                 prompt=prompt,
                 sampling=_sampling(wanted, text, limit=limit, seed=choice_seed(seed, index)),
@@ -96,7 +86,7 @@ async def begin(
                 stops=wanted.stops,
                 stop_token_ids=wanted.sampling.stop_token_ids,
                 min_tokens=wanted.sampling.min_tokens,
-                pieces=queue,
+                pieces=pieces,
             )
             dispatcher.submit(work, choice, admission=admission, accepted_at=accepted_at)
             choices.append(choice)
@@ -108,7 +98,7 @@ async def begin(
         choices=tuple(choices),
         echoes=tuple(echoes),
         prompt_tokens=sum(len(prompt) for prompt in prompts),
-        queue=queue,
+        pieces=pieces,
     )
 
 

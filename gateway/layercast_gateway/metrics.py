@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
+
+from layercast_gateway.tally import Tallies, Tally, Total, Totals
 
 TTFT_BUCKETS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TBT_BUCKETS_S = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.2, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -26,6 +28,15 @@ class Demand:
     prompt_tokens_waiting: int
     requests_waiting: int
     requests_in_flight: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSeries:
+    """What every token of a model counts in: looked up once a request, not once a token."""
+
+    ttft: Tally
+    tbt: Tally
+    tokens: Total
 
 
 class Metrics:
@@ -65,20 +76,16 @@ class Metrics:
             ("key", "outcome"),
             registry=registry,
         )
-        self.ttft = Histogram(
-            prefix + "ttft_seconds",
-            "From acceptance to the first token, seen here.",
-            by_model,
-            buckets=TTFT_BUCKETS_S,
-            registry=registry,
+        self.ttft = Tallies(
+            prefix + "ttft_seconds", "From acceptance to the first token, seen here.", bounds=TTFT_BUCKETS_S
         )
-        self.tbt = Histogram(
-            prefix + "tbt_seconds",
-            "Between two tokens of a request, seen here.",
-            by_model,
-            buckets=TBT_BUCKETS_S,
-            registry=registry,
+        self.tbt = Tallies(
+            prefix + "tbt_seconds", "Between two tokens of a request, seen here.", bounds=TBT_BUCKETS_S
         )
+        registry.register(self.ttft)
+        registry.register(self.tbt)
+        self._of: dict[str, ModelSeries] = {}
+        self._ends: dict[tuple[str, str], Counter] = {}
         self.replays = Counter(
             prefix + "replays", "Dispatches of a request after its first.", by_model, registry=registry
         )
@@ -88,7 +95,8 @@ class Metrics:
             by_model,
             registry=registry,
         )
-        self.tokens = Counter(prefix + "tokens", "Tokens delivered to clients.", by_model, registry=registry)
+        self.tokens = Totals(prefix + "tokens", "Tokens delivered to clients.")
+        registry.register(self.tokens)
         self._add_demand_only()
 
     def _add_demand_only(self) -> None:
@@ -113,8 +121,26 @@ class Metrics:
         """Creates the series of a model."""
         for series in (self.prompt_tokens_waiting, self.requests_waiting, self.requests_in_flight):
             series.labels(model)
-        for counted in (self.ttft, self.tbt, self.replays, self.handoffs, self.tokens):
+        for counted in (self.replays, self.handoffs):
             counted.labels(model)
+        self.of(model)
+
+    def of(self, model: str) -> ModelSeries:
+        """What the tokens of a model count in."""
+        found = self._of.get(model)
+        if found is None:
+            found = ModelSeries(
+                ttft=self.ttft.of(model), tbt=self.tbt.of(model), tokens=self.tokens.of(model)
+            )
+            self._of[model] = found
+        return found
+
+    def ended(self, model: str, code: str) -> None:
+        """Counts an HTTP request."""
+        counter = self._ends.get((model, code))
+        if counter is None:
+            counter = self._ends[model, code] = self.requests.labels(model, code)
+        counter.inc()
 
     def render(self, demands: Iterable[Demand], names: Sequence[str] = ()) -> bytes:
         """The text format of Prometheus, with the demand of this moment; of `names` only, where some are given."""

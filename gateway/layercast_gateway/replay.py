@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 
+import msgspec
 from layercast.engine.v1alpha1 import engine_pb2
 
 from layercast_gateway.errors import (
@@ -71,9 +72,8 @@ class CancelAt:
     attempt: int
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
-    """New tokens for the client, in order, each once."""
+class Deliver(msgspec.Struct, frozen=True):
+    """New tokens for the client, in order, each once. A struct, because one is made for every token."""
 
     token_ids: tuple[int, ...]
     logprobs: tuple[engine_pb2.TokenLogprobs, ...]
@@ -142,6 +142,14 @@ class RequestState:
     """Everyone who may hold something of the current attempt."""
     suspect_at: float | None = None
     """Monotonic: replayed then, unless it is heard of before."""
+    ends: frozenset[int] = field(init=False)
+    """Tokens that end it; read from the message once, because every token asks."""
+    tokens_max: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        """Reads what every token asks for."""
+        self.ends = frozenset(self.work.sampling.stop_token_ids)
+        self.tokens_max = self.work.sampling.max_tokens
 
 
 def dispatch(state: RequestState, *, address: str, accept_by: float) -> list[Instruction]:
@@ -166,11 +174,11 @@ def on_event(
         # Only these two say that the worker still executes something for nobody.
         return [CancelAt(address, event.attempt)] if kind in ("accepted", "tokens") else []
     state.suspect_at = None if state.watch_s is None else now + state.watch_s
+    if kind == "tokens":
+        return _on_tokens(state, address=address, tokens=event.tokens)
     if kind == "accepted":
         _on_accepted(state, address=address)
         return []
-    if kind == "tokens":
-        return _on_tokens(state, address=address, tokens=event.tokens)
     if kind == "finished":
         return _on_finished(state, address=address, reason=event.finished.reason)
     if kind == "returned":
@@ -250,8 +258,10 @@ def _on_tokens(state: RequestState, *, address: str, tokens: engine_pb2.Tokens) 
     have = len(state.tokens)
     if tokens.position > have:
         return _replay(state, f"tokens {have} to {tokens.position - 1} are missing")
-    fresh = tuple(tokens.token_ids[have - tokens.position :])
-    logprobs = tuple(tokens.logprobs[have - tokens.position :])
+    behind = have - tokens.position
+    fresh = tuple(tokens.token_ids[behind:])
+    told = tokens.logprobs
+    logprobs = tuple(told[behind:]) if told else ()
     if not fresh:
         return []
     state.accepted = state.started = True
@@ -272,9 +282,9 @@ def _until_end(state: RequestState, fresh: Sequence[int]) -> tuple[tuple[int, ..
     request is over and must not be replayed.
     """
     for index, token_id in enumerate(fresh, start=1):
-        if token_id in state.work.sampling.stop_token_ids:
+        if token_id in state.ends:
             return tuple(fresh[:index]), EndReason.STOP
-        if len(state.tokens) + index >= state.work.sampling.max_tokens:
+        if len(state.tokens) + index >= state.tokens_max:
             return tuple(fresh[:index]), EndReason.LENGTH
     return tuple(fresh), None
 

@@ -144,8 +144,20 @@ def _stop_tokens(ids: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
+_GUIDES = (
+    "response_format",
+    "guided_json",
+    "guided_regex",
+    "guided_grammar",
+    "guided_choice",
+    "structured_outputs",
+)
+
+
 def _guide(fields: SamplingFields) -> Guide | None:
     """The one guide that was asked for, under whichever name."""
+    if all(getattr(fields, name) is None for name in _GUIDES):
+        return None
     asked = {
         "response_format": _of_response_format(fields.response_format),
         "guided_json": _of_schema("guided_json", fields.guided_json),
