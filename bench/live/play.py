@@ -26,6 +26,8 @@ MODEL = "bench"
 READY_DEADLINE_S = 180.0
 REQUEST_DEADLINE_S = 240.0
 CALIBRATION_PROMPTS = 12
+CACHING = ("ttl-cache", "host-cache")
+"""Policies that need host memory on every node. The others load from a replica's device, over the link."""
 SLOTS = 8
 """Requests at once in the closed loop that finds a replica's capacity."""
 
@@ -41,7 +43,7 @@ class Setting:
     context_length: int
     link_bytes_per_s: int = 0
     disk_bytes_per_s: int = 0
-    host_pool_bytes: int = 0
+    host_pool_bytes: int = 1 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +94,8 @@ def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> di
                 },
                 "windows": {"scaleDownSeconds": 30},
             },
-            "serving": {"contextLength": setting.context_length, "batchSize": 16},
+            # A few prompts come again and again: known beginnings would make most of the work vanish.
+            "serving": {"contextLength": setting.context_length, "batchSize": 16, "prefixCaching": False},
             "drain": {"graceSeconds": 20},
         },
     }
@@ -106,6 +109,8 @@ def cluster(setting: Setting, *, policy: str, replicas: int, highest: int) -> Lo
             services=(service(setting, policy=policy, replicas=replicas, highest=highest),),
             agents=setting.agents,
             link_bytes_per_s=setting.link_bytes_per_s,
+            disk_bytes_per_s=setting.disk_bytes_per_s,
+            host_pool_bytes=setting.host_pool_bytes if policy in CACHING else 0,
             gateway_flags=("--queue-requests-max", "4096"),
             fresh=True,
         )

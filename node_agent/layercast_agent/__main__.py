@@ -66,10 +66,7 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("engine", "block of models that ask for none: auto, generic or fast", default="auto")
     for name, text in (
         ("egress-bytes-per-s", "most parameter bytes sent per second by each process; 0: no limit"),
-        (
-            "disk-bytes-per-s",
-            "for benchmarks: most packed bytes read per second by each process; 0: no limit",
-        ),
+        ("disk-bytes-per-s", "for benchmarks: most packed bytes read per second by each process; 0: no"),
     ):
         flag(name, text, default="0", kind=int)
     flag("leaf", "name of the leaf switch", default="")

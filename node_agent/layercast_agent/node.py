@@ -84,14 +84,7 @@ async def running(
     regions, holdings = RegionTable(), Holdings()
     async with contextlib.AsyncExitStack() as stack:
         stack.enter_context(_owned(settings.run_dir))
-        store = await asyncio.to_thread(Store, settings.store_dir, pvc_root=settings.pvc_root)
-        checkpoints = Checkpoints(
-            store=store,
-            holdings=holdings,
-            regions=regions,
-            store_bytes_max=settings.store_bytes_max,
-            disk_bytes_per_s=settings.disk_bytes_per_s,
-        )
+        checkpoints = await asyncio.to_thread(_checkpoints, settings, holdings, regions)
         pool = HostPool(
             arena=_host_memory(settings, stack), holdings=holdings, regions=regions, token=token, tls=tls
         )
@@ -128,6 +121,16 @@ async def running(
         log.info("the agent serves", extra={"address": agent.peer.address, "data": agent.peer.data_address})
         yield RunningAgent(agent=agent, metrics_port=metrics_port, runs=runs)
         log.info("the agent ends")
+
+
+def _checkpoints(settings: AgentSettings, holdings: Holdings, regions: RegionTable) -> Checkpoints:
+    return Checkpoints(
+        store=Store(settings.store_dir, pvc_root=settings.pvc_root),
+        holdings=holdings,
+        regions=regions,
+        store_bytes_max=settings.store_bytes_max,
+        disk_bytes_per_s=settings.disk_bytes_per_s,
+    )
 
 
 async def _end_workers(agent: Agent, runs: tuple[asyncio.Task[None], ...]) -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
+from asn1crypto import pem, x509
 from grpc import aio
 
 from layercast_agent.errors import AgentError
@@ -53,6 +53,12 @@ class _Loaded:
     server: ssl.SSLContext
     client: ssl.SSLContext
     expires_at: float
+
+
+def _expires_at(certificate: bytes) -> float:
+    """When the first certificate of a PEM file ends, unix seconds. ValueError when there is none."""
+    _, _, der = pem.unarmor(certificate)
+    return float(x509.Certificate.load(der)["tbs_certificate"]["validity"]["not_after"].native.timestamp())
 
 
 class Tls:
@@ -124,9 +130,7 @@ class Tls:
                 key=key.read_bytes(),
                 server=server,
                 client=client,
-                expires_at=x509.load_pem_x509_certificate(
-                    certificate.read_bytes()
-                ).not_valid_after_utc.timestamp(),
+                expires_at=_expires_at(certificate.read_bytes()),
             )
         except (OSError, ssl.SSLError) as error:
             raise TlsError(f"{self._folder}: {', '.join(FILES)} are not usable: {error}") from error

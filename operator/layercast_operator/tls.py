@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-from cryptography import x509
+from asn1crypto import pem, x509
 
 from layercast_operator.errors import SettingsError
 
@@ -36,6 +36,12 @@ class _Loaded:
     certificate: bytes
     key: bytes
     expires_at: float
+
+
+def _expires_at(certificate: bytes) -> float:
+    """When the first certificate of a PEM file ends, unix seconds. ValueError when there is none."""
+    _, _, der = pem.unarmor(certificate)
+    return float(x509.Certificate.load(der)["tbs_certificate"]["validity"]["not_after"].native.timestamp())
 
 
 class Tls:
@@ -107,9 +113,7 @@ class Tls:
             authority=authority.read_bytes(),
             certificate=certificate.read_bytes(),
             key=key.read_bytes(),
-            expires_at=x509.load_pem_x509_certificate(
-                certificate.read_bytes()
-            ).not_valid_after_utc.timestamp(),
+            expires_at=_expires_at(certificate.read_bytes()),
         )
 
 

@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import grpc
 import torch
@@ -193,7 +194,7 @@ class Gateway:
         self.routes: list[str] = []
         self.events = 0
         self.changed = asyncio.Event()
-        self._calls: dict[str, object] = {}
+        self._calls: dict[str, Any] = {}
         self._writing = asyncio.Lock()  # a stream takes one message at a time
         self._channels: list[grpc.aio.Channel] = []
         self._tasks: list[asyncio.Task[None]] = []
