@@ -26,6 +26,7 @@ pytestmark = [
     pytest.mark.processes,
     # Watches that are cut in the middle leave sockets, which are collected during whichever test runs then.
     pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
+    pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"),
 ]
 
 

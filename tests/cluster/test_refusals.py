@@ -117,7 +117,9 @@ def test_an_agent_of_another_authority_is_not_let_in(
 ) -> None:
     """The operator says why it does not talk to it, and what it has goes on."""
     home = served.status()["replicas"][0]["node"]
-    node = next(pod["spec"]["nodeName"] for pod in served.pods("agent") if pod["spec"]["nodeName"] != home)
+    # A pod that has just been made is on no node yet.
+    nodes = [pod["spec"].get("nodeName", home) for pod in served.pods("agent")]
+    node = next(name for name in nodes if name != home)
     Authority().issue("agent", tmp_path)
     files = {file.name: base64.b64encode(file.read_bytes()).decode() for file in tmp_path.iterdir()}
     secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "rogue-tls"}, "data": files}
