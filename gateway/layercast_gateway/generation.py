@@ -67,6 +67,7 @@ class Pieces:
         self._most = most
         self._wake_early = wake_early
         self._pieces: list[Piece] = []
+        self._ready = False
         self._woken: asyncio.Future[None] | None = None
 
     def put(self, piece: Piece) -> None:
@@ -74,18 +75,19 @@ class Pieces:
         if len(self._pieces) >= self._most:
             raise asyncio.QueueFull
         self._pieces.append(piece)
-        woken = self._woken
-        if woken is not None and (self._wake_early or piece.last):
-            self._woken = None
-            if not woken.done():
-                woken.set_result(None)
+        if not (self._wake_early or piece.last):
+            return
+        self._ready = True
+        if self._woken is not None and not self._woken.done():
+            self._woken.set_result(None)
+        self._woken = None
 
     async def take(self) -> list[Piece]:
         """All news since the last call, at least one; one task may wait at a time."""
-        if not self._pieces or not (self._wake_early or self._pieces[-1].last):
+        if not self._ready:
             self._woken = asyncio.get_running_loop().create_future()
             await self._woken
-        taken, self._pieces = self._pieces, []
+        taken, self._pieces, self._ready = self._pieces, [], False
         return taken
 
 

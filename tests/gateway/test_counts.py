@@ -73,6 +73,9 @@ async def test_who_wants_whole_answers_is_woken_at_the_end() -> None:
     assert not taken.done()
     pieces.put(Piece(index=1, finish_reason="stop"))
     assert [piece.text for piece in await taken] == ["a", "b", ""]
+    pieces.put(Piece(index=0, finish_reason="stop"))
+    pieces.put(Piece(index=2, text="c"))
+    assert len(await pieces.take()) == 2  # an end is news also when it is not the newest
 
 
 async def test_one_who_stopped_waiting_is_not_woken() -> None:
