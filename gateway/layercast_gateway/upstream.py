@@ -119,6 +119,11 @@ class WorkerStream:
                 reason = await self._stream()
             except grpc.aio.AioRpcError as error:
                 reason = f"{error.code().name}: {error.details()}"
+            except asyncio.CancelledError:
+                task = asyncio.current_task()
+                if task is None or task.cancelling():
+                    raise
+                reason = "given up here"  # a call that we cancelled says so to its reader like this
             except TimeoutError:
                 reason = f"no connection within {CONNECT_TIMEOUT_S} s"
             except Exception:  # a defect of ours: the stream goes on, and its requests are replayed
