@@ -73,6 +73,8 @@ def test_two_ranks(
         _batch_in_chunks(engine, tiny, families)
         _handoff(engine, tiny.engine(), tiny, families)
         _handoff(tiny.engine(), engine, tiny, families)
+        _move(engine, tiny.engine(), tiny, families)
+        _move(tiny.engine(), engine, tiny, families)
         leader.end()
         ranks.leave()
     _, errors = follower.communicate(timeout=END_DEADLINE_S)
@@ -100,3 +102,20 @@ def _handoff(giver: Engine, taker: Engine, tiny: Any, families: ModuleType) -> N
     taker.add(taken)
     taker.import_state(taken, 2, state)
     assert families.tokens(families.run(taker)) == tiny.expected(prompt, COUNT), tiny.config
+
+
+def _move(giver: Engine, taker: Engine, tiny: Any, families: ModuleType) -> None:
+    """A request that runs: its KV goes in two pieces, under a session, and with the heads of both ranks."""
+    prompt, layers = families.prompts([19], seed=6)[0], tiny.model.shape.layers
+    given = families.sequence(prompt, COUNT)
+    giver.add(given)
+    while len(given.generated) < 3:
+        giver.step()
+    for start, stop in ((0, 10), (10, given.computed)):
+        kv = giver.moves.rows(given.request_id, first=0, last=layers, start=start, stop=stop)
+        taker.stages.write("s", kv, first=0, last=layers, start=start, positions_max=len(prompt) + COUNT)
+    taken = families.sequence(prompt, COUNT, generated=given.generated)
+    giver.release(given)
+    assert taker.moves.settle(taken, "s") == len(prompt) + 2
+    families.run(taker)
+    assert taken.generated == tiny.expected(prompt, COUNT), tiny.config

@@ -246,7 +246,7 @@ class Engine:
             self.release(seq)
             raise
         kv = state.view(shape.dtype).view(self._layers, 2, positions, shape.kv_heads, shape.head_dim)
-        self._kv.import_layers(seq.pages, kv)
+        self._kv.import_rows(seq.pages, kv, first=0, start=0)
         seq.computed = positions
 
     # Handoffs
@@ -262,7 +262,11 @@ class Engine:
             raise ValueError(f"request {seq.request_id} is not at a layer boundary")
         parts = [hidden]
         if seq.layers_done > 0:
-            parts.append(self._kv.export_layers(seq.pages, seq.prefix_length, seq.layers_done))
+            parts.append(
+                self._kv.export_rows(
+                    seq.pages, first=0, last=seq.layers_done, start=0, stop=seq.prefix_length
+                )
+            )
         return to_host(parts)
 
     @torch.inference_mode()
@@ -287,7 +291,8 @@ class Engine:
         if layers_done > 0:
             self._scheduler.reserve(seq)
             kv = state[hidden_bytes:].view(shape.dtype)
-            self._kv.import_layers(seq.pages, kv.view(layers_done, 2, length, shape.kv_heads, shape.head_dim))
+            rows = kv.view(layers_done, 2, length, shape.kv_heads, shape.head_dim)
+            self._kv.import_rows(seq.pages, rows, first=0, start=0)
         seq.hidden = state[:hidden_bytes].view(shape.dtype).view(length, -1).clone()
         seq.layers_done = layers_done
 

@@ -71,18 +71,6 @@ class KVCache:
         slots = self.slots(pages, start, start + positions).to(self.device)
         self._slots[first : first + layers].index_copy_(2, slots, data.to(self.device))
 
-    def export_layers(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
-        """A copy of the first `layers` layers at the first `positions` positions: [layers, 2, positions, kv heads,
-        head dim]."""
-        slots = self.slots(pages, 0, positions).to(self.device)
-        return self._slots[:layers].index_select(2, slots)
-
-    def import_layers(self, pages: Sequence[int], data: torch.Tensor) -> None:
-        """Stores what `export_layers` returned, of the same shape, in these pages."""
-        layers, _, positions = data.shape[:3]
-        slots = self.slots(pages, 0, positions).to(self.device)
-        self._slots[:layers].index_copy_(2, slots, data.to(self.device))
-
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros: a stale NaN could leak through a mask. On a CPU the kernel's own, which cost nothing until written:

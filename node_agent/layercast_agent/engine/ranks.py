@@ -119,24 +119,29 @@ class RankKV(KVCache):
         self.row_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
         self._ranks = ranks
 
-    def export_layers(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
+    def export_rows(
+        self, pages: Sequence[int], *, first: int, last: int, start: int, stop: int
+    ) -> torch.Tensor:
         """As KVCache, on the leader."""
-        self._ranks.tell(Command.EXPORT, [positions, layers, *pages])
-        return self.export_here(pages, positions, layers)
+        self._ranks.tell(Command.EXPORT, [first, last, start, stop, *pages])
+        return self.export_here(pages, first=first, last=last, start=start, stop=stop)
 
-    def import_layers(self, pages: Sequence[int], data: torch.Tensor) -> None:
+    def import_rows(self, pages: Sequence[int], data: torch.Tensor, *, first: int, start: int) -> None:
         """As KVCache, on the leader."""
-        self._ranks.tell(Command.IMPORT, [*data.shape, *pages])
-        self.import_here(pages, data.to(self.device).contiguous())
+        self._ranks.tell(Command.IMPORT, [first, start, *data.shape, *pages])
+        self.import_here(pages, data.to(self.device).contiguous(), first=first, start=start)
 
-    def export_here(self, pages: Sequence[int], positions: int, layers: int) -> torch.Tensor:
+    def export_here(
+        self, pages: Sequence[int], *, first: int, last: int, start: int, stop: int
+    ) -> torch.Tensor:
         """This rank's part in an export."""
-        return self._ranks.heads(super().export_layers(pages, positions, layers))
+        return self._ranks.heads(super().export_rows(pages, first=first, last=last, start=start, stop=stop))
 
-    def import_here(self, pages: Sequence[int], data: torch.Tensor) -> None:
+    def import_here(self, pages: Sequence[int], data: torch.Tensor, *, first: int, start: int) -> None:
         """This rank's part in an import; `data` is overwritten with the leader's."""
-        first, last = self._ranks.split.kv_heads_held
-        super().import_layers(pages, self._ranks.leaders(data)[..., first:last, :].contiguous())
+        held = slice(*self._ranks.split.kv_heads_held)
+        rows = self._ranks.leaders(data)[..., held, :].contiguous()
+        super().import_rows(pages, rows, first=first, start=start)
 
 
 class Leader:
@@ -211,10 +216,12 @@ def follow(model: LayeredModel, kv: RankKV, ranks: Ranks) -> None:
             case Command.LOGITS:
                 model.logits(hidden(numbers[0]))
             case Command.EXPORT:
-                positions, layers, *pages = numbers
-                kv.export_here(pages, positions, layers)
+                first, last, start, stop, *pages = numbers
+                kv.export_here(pages, first=first, last=last, start=start, stop=stop)
             case Command.IMPORT:
-                kv.import_here(numbers[5:], torch.empty(numbers[:5], dtype=kv.dtype, device=kv.device))
+                (first, start), size, pages = numbers[:2], numbers[2:7], numbers[7:]
+                data = torch.empty(size, dtype=kv.dtype, device=kv.device)
+                kv.import_here(pages, data, first=first, start=start)
 
 
 def _spans(numbers: Sequence[int]) -> list[Span]:
