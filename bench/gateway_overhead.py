@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from layercast_cli.local import LocalCluster
+from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,16 +34,12 @@ class BenchError(Exception):
 
 def service(model_dir: Path) -> dict[str, Any]:
     """One fixed replica."""
-    return {
-        "apiVersion": "layercast.dev/v1alpha1",
-        "kind": "ModelService",
-        "metadata": {"name": SERVED},
-        "spec": {
-            "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "bfloat16"},
-            "replicas": 1,
-            "serving": {"contextLength": 512, "batchSize": 8},
-        },
+    spec = {
+        "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "bfloat16"},
+        "replicas": 1,
+        "serving": {"contextLength": 512, "batchSize": 8},
     }
+    return document_of(SERVED, spec)
 
 
 def prompts(model_dir: Path, count: int) -> list[tuple[str, list[int]]]:

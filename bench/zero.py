@@ -32,6 +32,7 @@ from layercast_cli.demo import sigterm_interrupts
 from layercast_cli.errors import CliError, ClusterError
 from layercast_cli.local import LocalCluster
 from layercast_cli.model import ensure_model, float32_bytes
+from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.settings import default_model_dir
 from layercast_cli.traffic import Traffic
@@ -61,17 +62,13 @@ class Start:
 
 def service(model_dir: Path, *, policy: str) -> dict[str, Any]:
     """A service at zero. Its bounds leave the number to whoever edits it."""
-    return {
-        "apiVersion": "layercast.dev/v1alpha1",
-        "kind": "ModelService",
-        "metadata": {"name": MODEL},
-        "spec": {
-            "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "float32"},
-            "replicas": 1,
-            "serving": {"contextLength": 512, "batchSize": 16},
-            "drain": {"graceSeconds": 1},
-        },
+    spec = {
+        "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "float32"},
+        "replicas": 1,
+        "serving": {"contextLength": 512, "batchSize": 16},
+        "drain": {"graceSeconds": 1},
     }
+    return document_of(MODEL, spec)
 
 
 def measure(settings: ClusterSettings, *, receivers: int, policy: str, tokens: int) -> Start:

@@ -16,6 +16,7 @@ from bench.live.prompts import PromptBook
 
 from layercast_cli.errors import ClusterError
 from layercast_cli.local import LocalCluster
+from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.records import RequestRecord, Sample
 from layercast_cli.status import Scale
@@ -74,31 +75,27 @@ class Played:
 
 def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> dict[str, Any]:
     """The ModelService of a run. `replicas` == `highest` is a fixed number."""
-    return {
-        "apiVersion": "layercast.dev/v1alpha1",
-        "kind": "ModelService",
-        "metadata": {"name": MODEL},
-        "spec": {
-            # fp32: only there is a greedy answer the same for every batch and every split between replicas.
-            "model": {"source": f"file://{setting.model_dir}", "revision": "", "dtype": "float32"},
-            "replicas": replicas,
-            "scaling": {
-                "min": replicas,
-                "max": highest,
-                "mode": "Auto",
-                "policy": policy,
-                "targets": {
-                    "queueSeconds": {"low": 0.4, "high": 0.8},
-                    "kvUtilization": {"low": 0.75, "high": 0.95},
-                    "prefillTokensPerSecond": 0,
-                },
-                "windows": {"scaleDownSeconds": 30},
+    spec = {
+        # fp32: only there is a greedy answer the same for every batch and every split between replicas.
+        "model": {"source": f"file://{setting.model_dir}", "revision": "", "dtype": "float32"},
+        "replicas": replicas,
+        "scaling": {
+            "min": replicas,
+            "max": highest,
+            "mode": "Auto",
+            "policy": policy,
+            "targets": {
+                "queueSeconds": {"low": 0.4, "high": 0.8},
+                "kvUtilization": {"low": 0.75, "high": 0.95},
+                "prefillTokensPerSecond": 0,
             },
-            # A few prompts come again and again: known beginnings would make most of the work vanish.
-            "serving": {"contextLength": setting.context_length, "batchSize": 16, "prefixCaching": False},
-            "drain": {"graceSeconds": 20},
+            "windows": {"scaleDownSeconds": 30},
         },
+        # A few prompts come again and again: known beginnings would make most of the work vanish.
+        "serving": {"contextLength": setting.context_length, "batchSize": 16, "prefixCaching": False},
+        "drain": {"graceSeconds": 20},
     }
+    return document_of(MODEL, spec)
 
 
 def cluster(setting: Setting, *, policy: str, replicas: int, highest: int) -> LocalCluster:

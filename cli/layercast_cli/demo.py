@@ -24,6 +24,7 @@ from layercast_cli.demand import Drive, demand_plan
 from layercast_cli.display import DemoView, demo_line, demo_panel, replicas_line
 from layercast_cli.local import LocalCluster
 from layercast_cli.model import ensure_model, float32_bytes
+from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.records import DemoRecord, Sample
 from layercast_cli.report import LATENCY_HEADER, latency_rows, tiles, write_report
@@ -96,31 +97,27 @@ def cluster_settings(settings: DemoSettings, model_dir: Path, *, checkpoint_byte
 
 def service(model_dir: Path, *, agents: int, policy: str) -> dict[str, Any]:
     """The demo's ModelService. It starts by recommending only, so that the reference answers are made at rest."""
-    return {
-        "apiVersion": "layercast.dev/v1alpha1",
-        "kind": "ModelService",
-        "metadata": {"name": MODEL},
-        "spec": {
-            # fp32: only there is a greedy answer the same for every batch and every split between replicas.
-            "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "float32"},
-            "replicas": 1,
-            "scaling": {
-                "min": 1,
-                "max": agents,
-                "mode": "Recommend",
-                "policy": policy,
-                # Wider than the defaults: on a slow machine two waiting prompts are a second of queue already.
-                "targets": {
-                    "queueSeconds": {"low": 0.75, "high": 1.5},
-                    "kvUtilization": {"low": 0.75, "high": 0.95},
-                    "prefillTokensPerSecond": 0,
-                },
-                "windows": {"scaleDownSeconds": 8},
+    spec = {
+        # fp32: only there is a greedy answer the same for every batch and every split between replicas.
+        "model": {"source": f"file://{model_dir}", "revision": "", "dtype": "float32"},
+        "replicas": 1,
+        "scaling": {
+            "min": 1,
+            "max": agents,
+            "mode": "Recommend",
+            "policy": policy,
+            # Wider than the defaults: on a slow machine two waiting prompts are a second of queue already.
+            "targets": {
+                "queueSeconds": {"low": 0.75, "high": 1.5},
+                "kvUtilization": {"low": 0.75, "high": 0.95},
+                "prefillTokensPerSecond": 0,
             },
-            "serving": {"contextLength": 1024, "batchSize": 16},
-            "drain": {"graceSeconds": 20},
+            "windows": {"scaleDownSeconds": 8},
         },
+        "serving": {"contextLength": 1024, "batchSize": 16},
+        "drain": {"graceSeconds": 20},
     }
+    return document_of(MODEL, spec)
 
 
 def told(settings: DemoSettings, *, checkpoint_bytes: int) -> dict[str, Any]:

@@ -123,8 +123,7 @@ def _ready(pod: Object) -> bool:
 
 
 def _leader(seen: Installation) -> Iterator[Line]:
-    name = seen.flags("operator").get("lease-name", "layercast-operator")
-    lease = next((lease for lease in seen.leases if lease["metadata"]["name"] == name), None)
+    lease = next((lease for lease in seen.leases if lease["metadata"]["name"] == seen.lease_name), None)
     spec = lease["spec"] if lease is not None else {}
     holder, renewed = spec.get("holderIdentity"), spec.get("renewTime")
     remedy = f"kubectl -n {seen.namespace} logs -l app.kubernetes.io/component=operator"

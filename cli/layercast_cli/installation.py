@@ -74,12 +74,12 @@ class Installation:
 
     def flags(self, component: str) -> dict[str, str]:
         """`--name=value` of its first container."""
-        found: dict[str, str] = {}
-        for workload in self.component(component, self.workloads):
-            for argument in workload["spec"]["template"]["spec"]["containers"][0].get("args") or ():
-                name, _, value = argument.removeprefix("--").partition("=")
-                found.setdefault(name, value)
-        return found
+        return _flags_of(self.component(component, self.workloads))
+
+    @property
+    def lease_name(self) -> str:
+        """Of the lease that operators take turns by."""
+        return _lease_name(self.component("operator", self.workloads))
 
 
 def look(*, namespace: str, passed: Sequence[str] = ()) -> Installation:
@@ -90,7 +90,7 @@ def look(*, namespace: str, passed: Sequence[str] = ()) -> Installation:
     workloads = kubectl.items("get", "deployments,daemonsets", "-n", namespace, "-l", SELECTOR)
     pods = kubectl.items("get", "pods", "-n", namespace, "-l", SELECTOR)
     found = kubectl.items("get", "crd", KIND, "--ignore-not-found")
-    watched = next((w for w in _flags_of(workloads, "watch-namespaces")), "")
+    watched = _flags_of(workloads).get("watch-namespaces", "")
     return Installation(
         at=time.time(),
         namespace=namespace,
@@ -136,11 +136,17 @@ def _namespace(kubectl: _Kubectl) -> str:
     return names[0]
 
 
-def _flags_of(workloads: Sequence[Object], name: str) -> Iterator[str]:
+def _flags_of(workloads: Sequence[Object]) -> dict[str, str]:
+    found: dict[str, str] = {}
     for workload in workloads:
         for argument in workload["spec"]["template"]["spec"]["containers"][0].get("args") or ():
-            if argument.startswith(f"--{name}="):
-                yield argument.partition("=")[2]
+            name, _, value = argument.removeprefix("--").partition("=")
+            found.setdefault(name, value)
+    return found
+
+
+def _lease_name(operators: Sequence[Object]) -> str:
+    return _flags_of(operators).get("lease-name", "layercast-operator")
 
 
 def needed(namespace: str, watched: Sequence[str], lease: str) -> list[Right]:
@@ -171,8 +177,7 @@ def _rights(
     if not operators:
         return "there is no operator"
     account = operators[0]["spec"]["template"]["spec"].get("serviceAccountName", "default")
-    lease = next(_flags_of(operators, "lease-name"), "layercast-operator")
-    rights = needed(namespace, watched, lease)
+    rights = needed(namespace, watched, _lease_name(operators))
     reviews = [_review(right, f"system:serviceaccount:{namespace}:{account}") for right in rights]
     try:
         answers = kubectl.items(

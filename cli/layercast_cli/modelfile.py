@@ -21,6 +21,11 @@ NAME_PATTERN = re.compile(r"[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?")
 FILE_SCHEME = "file://"
 
 
+def document_of(name: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """A ModelService as one writes it in YAML."""
+    return {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
+
+
 def load_services(path: Path) -> tuple[dict[str, Any], ...]:
     """The ModelServices of a YAML file, relative `file://` sources made absolute; UsageError says what is
     wrong."""

@@ -108,7 +108,7 @@ class AnswerShape:
         """The events of one piece. The end of a chat is an event of its own, without content."""
         if piece.finish_reason is None and not self.logprobs:
             frame = self._frames.get(piece.index) or self._frame(piece.index)
-            return frame[0] + msgspec.json.encode(piece.text) + frame[1]
+            return frame[0] + encode(piece.text) + frame[1]
         logprobs = self._logprobs(piece.tokens)
         if self.kind is ApiKind.COMPLETION:
             return self._text_chunk(piece.index, piece.text, logprobs, piece.finish_reason)

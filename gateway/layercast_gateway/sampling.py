@@ -144,28 +144,10 @@ def _stop_tokens(ids: list[int]) -> tuple[int, ...]:
     return tuple(sorted(set(ids)))
 
 
-_GUIDES = (
-    "response_format",
-    "guided_json",
-    "guided_regex",
-    "guided_grammar",
-    "guided_choice",
-    "structured_outputs",
-)
-
-
 def _guide(fields: SamplingFields) -> Guide | None:
     """The one guide that was asked for, under whichever name."""
-    if all(getattr(fields, name) is None for name in _GUIDES):
-        return None
-    asked = {
-        "response_format": _of_response_format(fields.response_format),
-        "guided_json": _of_schema("guided_json", fields.guided_json),
-        "guided_regex": _of_text("regex", fields.guided_regex),
-        "guided_grammar": _of_text("grammar", fields.guided_grammar),
-        "guided_choice": _of_choices("guided_choice", fields.guided_choice),
-        "structured_outputs": _of_structured(fields.structured_outputs),
-    }
+    given = ((name, getattr(fields, name), read) for name, read in _GUIDES.items())
+    asked = {name: read(value) for name, value, read in given if value is not None}
     found = {name: guide for name, guide in asked.items() if guide is not None}
     if len(found) > 1:
         named = ", ".join(f"`{name}`" for name in found)
@@ -182,8 +164,6 @@ def _guide(fields: SamplingFields) -> Guide | None:
 
 
 def _of_response_format(value: Any) -> Guide | None:
-    if value is None:
-        return None
     if not isinstance(value, dict):
         raise ClientError("`response_format` must be an object.", param="response_format")
     match value.get("type"):
@@ -205,9 +185,7 @@ def _of_response_format(value: Any) -> Guide | None:
             )
 
 
-def _of_schema(name: str, schema: Any) -> Guide | None:
-    if schema is None:
-        return None
+def _of_schema(name: str, schema: Any) -> Guide:
     if isinstance(schema, str):
         try:
             schema = json.loads(schema)
@@ -218,17 +196,13 @@ def _of_schema(name: str, schema: Any) -> Guide | None:
     return Guide(kind="json_schema", text=json.dumps(schema, ensure_ascii=False))
 
 
-def _of_text(kind: str, text: Any, name: str = "") -> Guide | None:
-    if text is None:
-        return None
+def _of_text(kind: str, text: Any, name: str) -> Guide:
     if not isinstance(text, str):
         raise ClientError(f"`{name}` must be a text.", param=name)
     return Guide(kind=kind, text=text)
 
 
-def _of_choices(name: str, choices: Any) -> Guide | None:
-    if choices is None:
-        return None
+def _of_choices(name: str, choices: Any) -> Guide:
     if not isinstance(choices, list) or not choices or not all(isinstance(c, str) and c for c in choices):
         raise ClientError(f"`{name}` must be a list of texts, none of them empty.", param=name)
     return Guide(kind="choice", text=json.dumps(choices, ensure_ascii=False))
@@ -244,11 +218,22 @@ _STRUCTURED: dict[str, Callable[[Any], Guide | None]] = {
 """vLLM's newer name for guides: one object with one of these keys."""
 
 
-def _of_structured(value: dict[str, Any] | None) -> Guide | None:
-    asked = {key: inner for key, inner in (value or {}).items() if inner is not None}
+def _of_structured(value: dict[str, Any]) -> Guide | None:
+    asked = {key: inner for key, inner in value.items() if inner is not None}
     for key in asked.keys() - _STRUCTURED.keys():
         raise UnsupportedFieldError(f"structured_outputs.{key}")
     guides = [guide for key, inner in asked.items() if (guide := _STRUCTURED[key](inner)) is not None]
     if len(guides) > 1:
         raise ClientError("`structured_outputs` must have one constraint.", param="structured_outputs")
     return guides[0] if guides else None
+
+
+_GUIDES: dict[str, Callable[[Any], Guide | None]] = {
+    "response_format": _of_response_format,
+    "guided_json": lambda value: _of_schema("guided_json", value),
+    "guided_regex": lambda value: _of_text("regex", value, "guided_regex"),
+    "guided_grammar": lambda value: _of_text("grammar", value, "guided_grammar"),
+    "guided_choice": lambda value: _of_choices("guided_choice", value),
+    "structured_outputs": _of_structured,
+}
+"""The fields of a request that guide its answer."""

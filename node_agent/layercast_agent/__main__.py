@@ -46,6 +46,9 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         value = environment.get("LAYERCAST_" + name.upper().replace("-", "_"), default)
         parser.add_argument(f"--{name}", help=text, default=value, required=value is None, type=kind)
 
+    def size(name: str, text: str) -> None:
+        flag(name, text, default="0", kind=int)
+
     flag("node", "name of this node")
     flag("listen", "host:port of AgentService and PeerService; an address that peers can reach")
     flag("data-listen", "host:port of the data plane; an address that peers can reach")
@@ -53,9 +56,9 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
     flag("run-dir", "folder of sockets, pid files and logs of the workers", kind=Path)
     flag("devices", "cpu:N, cuda, or cuda:0,1", default="cuda")
     flag("device-memory-bytes", "memory that a replica may use on a device", kind=int)
-    flag("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies", default="0", kind=int)
-    flag("store-bytes-max", "what packed checkpoints may take on disk; 0: no limit", default="0", kind=int)
-    flag("reserve-bytes", "host memory that a CPU worker touches before it loads", default="0", kind=int)
+    size("host-pool-bytes", "host memory for copies of checkpoints; 0: no copies")
+    size("store-bytes-max", "what packed checkpoints may take on disk; 0: no limit")
+    size("reserve-bytes", "host memory that a CPU worker touches before it loads")
     flag("token-file", "file with the shared secret of the data plane", kind=Path)
     flag("rdma", "auto, require or off: read from other workers by RDMA", default="auto", kind=Rdma)
     flag("tls-dir", "folder with ca.crt, tls.crt, tls.key; empty: no TLS", default="", kind=_folder)
@@ -64,11 +67,10 @@ def _flags(environment: Mapping[str, str]) -> argparse.ArgumentParser:
         "cpu-cores", "cores of the workers, such as 0,1; empty leaves them unpinned", default="", kind=_cores
     )
     flag("engine", "block of models that ask for none: auto, generic or fast", default="auto")
-    for name, text in (
-        ("egress-bytes-per-s", "most parameter bytes sent per second by each process; 0: no limit"),
-        ("disk-bytes-per-s", "for benchmarks: most packed bytes read per second by each process; 0: no"),
-    ):
-        flag(name, text, default="0", kind=int)
+    size("egress-bytes-per-s", "most parameter bytes that each process sends a second; 0: no limit")
+    size(
+        "disk-bytes-per-s", "for benchmarks: most packed bytes that each process reads a second; 0: no limit"
+    )
     flag("leaf", "name of the leaf switch", default="")
     flag("metrics-listen", "host:port of /metrics, /healthz, /readyz; 0 turns them off", default="0")
     flag(

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import os
 import re
-import shutil
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -28,10 +27,10 @@ from pathlib import Path
 from typing import Any
 
 from layercast_agent.errors import CheckpointError, NoCapacityError
+from layercast_agent.free_space import require_free
 
 RANGE_BYTES = 16 * 1024 * 1024
 RANGES_AT_ONCE = 6  # of one file; a single stream of a bucket carries a tenth of what a node can take
-SPARE_BYTES = 64 * 1024 * 1024
 REQUEST_S = 60  # one range; a link of 3 Mbit/s still makes it
 RETRIES = 4
 ENDPOINTS = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
@@ -100,7 +99,7 @@ class _Fetcher:
 
     def run(self) -> None:
         held = sum(size for item in self._objects if (size := self._held_bytes(item)))
-        self._reserve(self._total - held)
+        require_free(self._folder, self._total - held, what=f"{self._source}")
         self._report(0, self._total)
         by_name = {item.name: item for item in self._objects}
         # First what the others are checked by.
@@ -189,14 +188,6 @@ class _Fetcher:
             with contextlib.suppress(OSError):
                 return path.stat().st_size
         return 0
-
-    def _reserve(self, nbytes: int) -> None:
-        free = shutil.disk_usage(self._folder).free
-        if free < nbytes + SPARE_BYTES:
-            raise NoCapacityError(
-                f"{self._source} needs {nbytes} more bytes, {self._folder} has {free} free "
-                f"of which {SPARE_BYTES} are kept"
-            )
 
     def _tell(self, nbytes: int) -> None:
         with self._lock:

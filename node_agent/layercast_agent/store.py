@@ -31,6 +31,7 @@ from urllib.parse import quote
 
 from layercast_agent.checkpoint_files import PackedCheckpoint, read_files
 from layercast_agent.errors import CheckpointError, NoCapacityError
+from layercast_agent.free_space import require_free
 from layercast_agent.layout import CHUNK_BYTES, Manifest
 from layercast_agent.object_store import ObjectSource
 from layercast_agent.packing import flush_folder, pack
@@ -43,7 +44,6 @@ log = logging.getLogger(__name__)
 PACKING_PREFIX = ".packing-"
 REMOVING_PREFIX = ".removing-"
 DOWNLOADS = "downloads"
-SPARE_BYTES = 64 * 1024 * 1024  # left free on the disk, for small files and everybody else
 KEY_NAME_BYTES_MAX = 160
 
 
@@ -220,12 +220,7 @@ class Store:
 
     def _reserve(self, nbytes: int) -> None:
         self.make_room(nbytes)
-        free = shutil.disk_usage(self._root).free
-        if free < nbytes + SPARE_BYTES:
-            raise NoCapacityError(
-                f"the packed checkpoint needs {nbytes} bytes, {self._root} has {free} free "
-                f"of which {SPARE_BYTES} are kept"
-            )
+        require_free(self._root, nbytes, what="the packed checkpoint")
 
     def _admit(self, digest: str) -> Manifest | None:
         """The manifest of a complete checkpoint, looked for on disk when this process has not seen it yet."""

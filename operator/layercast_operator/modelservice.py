@@ -115,8 +115,8 @@ class ModelService:
     batch_size: int
     drain_grace_s: float
     engine: str = "auto"
-    prefix_caching: bool = True
     """Block implementation: one of ENGINES."""
+    prefix_caching: bool = True
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels that a node must have to take its replicas; empty means any node."""
     generation: int = 1

@@ -212,7 +212,8 @@ class Observer:
         while True:
             try:
                 reading = await self._read_gateway(gateway)
-                before, scrape = self._scrapes[gateway].reading, self._scrapes[gateway]
+                scrape = self._scrapes[gateway]
+                before = scrape.reading
                 scrape.reading = reading or before
                 self.metrics.gateway_up.labels(gateway).set(reading is not None)
                 if reading is not None and (before is None or reading.calls_for_more(before)):

@@ -253,6 +253,8 @@ def _shrink(
         (r, misplaced(given, r) or "of an older checkpoint")
         for r in replaced(given, resolved, replicas, safe=safe)
     ]
+    leaving = {victim.replica_id for victim, _ in victims}
+    staying = [r for r in current if r.replica_id not in leaving]
     gone: set[str] = set()
     actions: list[Action] = []
     for replica, why in victims:
@@ -266,9 +268,7 @@ def _shrink(
         if replica.state is ReplicaState.LOADING:
             actions.append(_stop(replica, f"{why}; it has not begun to serve"))
         else:
-            staying = [r for r in current if r.replica_id not in {v.replica_id for v, _ in victims}]
-            places = destinations_of(replica, staying)
-            actions.append(_drain(replica, given.model.drain_grace_s, why, places))
+            actions.append(_drain(replica, given.model.drain_grace_s, why, destinations_of(replica, staying)))
     return actions, "", not safe
 
 

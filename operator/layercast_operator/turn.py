@@ -62,12 +62,10 @@ def take_turn(
             taken=taken,
         )
     )
-    wanted_since = snapshot.at if memory.copy_wanted_since is None else memory.copy_wanted_since
-    awaited_since = snapshot.at if memory.members_awaited_since is None else memory.members_awaited_since
     memory = replace(
         memory,
-        copy_wanted_since=wanted_since if step.waits_for_copy else None,
-        members_awaited_since=awaited_since if step.waits_for_members else None,
+        copy_wanted_since=_since(memory.copy_wanted_since, snapshot.at, holds=step.waits_for_copy),
+        members_awaited_since=_since(memory.members_awaited_since, snapshot.at, holds=step.waits_for_members),
     )
     return Turn(
         memory=memory,
@@ -78,6 +76,11 @@ def take_turn(
         changed=memory.target != before,
         given=_policy_input(model, snapshot, memory, target, room),
     )
+
+
+def _since(known: float | None, at: float, *, holds: bool) -> float | None:
+    """When something that now holds, or not, began to hold."""
+    return (at if known is None else known) if holds else None
 
 
 def gist_of(model: ModelService, snapshot: Snapshot) -> object:

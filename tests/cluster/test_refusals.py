@@ -92,9 +92,11 @@ def credentials_of(files: Mapping[str, bytes]) -> grpc.ChannelCredentials:
 def test_who_has_no_certificate_of_ours_is_refused(served: Bed, tmp_path: Path) -> None:
     """Neither the operator nor an agent talks to a stranger, or to somebody of the wrong role."""
     leader = next(pod for pod in served.pods("operator") if pod["metadata"]["name"] == served.leader())
+    ready = served.ready_pods("agent")  # a pod that begins has no address yet
+    agent = next(pod for pod in served.pods("agent") if pod["metadata"]["name"] in ready)
     where = {
         "operator": f"{leader['status']['podIP']}:7000",
-        "agent": f"{served.pods('agent')[0]['status']['podIP']}:7100",
+        "agent": f"{agent['status']['podIP']}:7100",
     }
     Authority().issue("operator", tmp_path)
     foreign = {file.name: file.read_bytes() for file in tmp_path.iterdir()}

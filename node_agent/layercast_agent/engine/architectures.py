@@ -43,6 +43,11 @@ class ModelShape:
     dtype: torch.dtype
     tied: bool
 
+    @property
+    def kv_row_bytes(self) -> int:
+        """K and V of one position in one layer."""
+        return 2 * self.kv_heads * self.head_dim * self.dtype.itemsize
+
 
 def shape_of(config: Mapping[str, Any], dtype: str) -> ModelShape:
     """Sizes of the model that a config.json describes. `dtype` as in DTYPES.

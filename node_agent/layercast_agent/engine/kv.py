@@ -26,7 +26,7 @@ class KVCache:
         self.device = device
         self.dtype = shape.dtype
         self.layers = shape.layers
-        self.row_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        self.row_bytes = shape.kv_row_bytes
         """Bytes of one position in one layer."""
         self.allocator = PageAllocator(pages)
         size = (shape.layers, 2, pages * page_size, shape.kv_heads, shape.head_dim)

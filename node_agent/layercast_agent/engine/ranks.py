@@ -116,7 +116,7 @@ class RankKV(KVCache):
     def __init__(self, shape: ModelShape, pages: int, page_size: int = 16, *, ranks: Ranks) -> None:
         first, last = ranks.split.kv_heads_held
         super().__init__(replace(shape, kv_heads=last - first), pages, page_size, device=ranks.device)
-        self.row_bytes = 2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize
+        self.row_bytes = shape.kv_row_bytes
         self._ranks = ranks
 
     def export_rows(

@@ -103,7 +103,7 @@ def build(
     plan = plan_memory(
         device_bytes=allowed if free is None else min(allowed, free),
         parameter_bytes=slab_bytes(sizes),
-        kv_bytes_per_token=2 * shape.layers * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
+        kv_bytes_per_token=shape.layers * shape.kv_row_bytes,
         context_length_max=context_length_max,
         batch_size_max=batch_size_max,
     )

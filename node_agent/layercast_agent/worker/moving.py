@@ -20,11 +20,9 @@ from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence
 from layercast_agent.errors import AgentError
 from layercast_agent.migration import Moved, RoundCosts, Step, by_tokens, next_step
-from layercast_agent.regions import RegionTable
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import LoopView
-from layercast_agent.worker.handoffs import REMOVE_DEADLINE_S, StateBytes, region_message
 from layercast_agent.worker.stage_host import STAGE_DEADLINE_S, StageHost
 
 log = logging.getLogger(__name__)
@@ -49,7 +47,6 @@ class Mover:
         positions_max: int,
         desk: RequestDesk,
         stages: StageHost,
-        table: RegionTable,
         look: Callable[[], LoopView],
     ) -> None:
         """`row_bytes` is the KV of one position in one layer, `positions_max` the longest sequence."""
@@ -60,7 +57,6 @@ class Mover:
         self._positions_max = positions_max
         self._desk = desk
         self._stages = stages
-        self._table = table
         self._look = look
         self.bytes_per_s = 0.0
         self.moved = 0
@@ -127,19 +123,13 @@ class Mover:
                 seq.request_id, first=0, last=self._layers, start=start, stop=stop
             )
         )
-        memory = StateBytes(state)
-        region = self._table.add(memory)
-        request.last_layer = self._layers
-        request.crc32 = memory.crc32
-        request.state.CopyFrom(region_message(region))
-        began = time.monotonic()
-        try:
+        with self._stages.lent(state) as (region, crc32):
+            request.last_layer = self._layers
+            request.crc32 = crc32
+            request.state.CopyFrom(region)
+            began = time.monotonic()
             await self._stages.extend_at(to, request)
-        finally:
-            asyncio.get_running_loop().run_in_executor(
-                None, lambda: self._table.remove(region.region_id, deadline_s=REMOVE_DEADLINE_S)
-            )
-        rate = memory.nbytes / max(time.monotonic() - began, 1e-6)
+        rate = state.numel() / max(time.monotonic() - began, 1e-6)
         self.bytes_per_s += (rate - self.bytes_per_s) * (0.3 if self.bytes_per_s else 1.0)
 
     async def _hand_over(self, seq: Sequence, to: pb.Peer, session: str, held: int) -> bool:

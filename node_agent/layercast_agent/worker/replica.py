@@ -111,11 +111,10 @@ class Replica:
             me=self._me,
             digest=spec.digest,
             layers=memory.shape.layers,
-            row_bytes=2 * memory.shape.kv_heads * memory.shape.head_dim * memory.shape.dtype.itemsize,
+            row_bytes=memory.shape.kv_row_bytes,
             positions_max=memory.engine.limits.context_length_max,
             desk=self.desk,
             stages=self.stages,
-            table=host.table,
             look=lambda: self.loop.view,
         )
         self.pipeline: Pipeline | None = None
@@ -171,7 +170,7 @@ class Replica:
             loop=self.loop,
             desk=self.desk,
             host=self.stages,
-            row_bytes=2 * shape.kv_heads * shape.head_dim * shape.dtype.itemsize,
+            row_bytes=shape.kv_row_bytes,
             positions_max=self.memory.engine.limits.context_length_max,
             bytes_per_s=lambda: self.runner.status().bytes_per_s if self.runner is not None else 0.0,
             emit=self._tokens,

@@ -190,27 +190,20 @@ class StageHost:
         if following.peer.peer_id == self._me.peer_id:
             await self._here(call, hidden, stages)
             return
-        memory = StateBytes(hidden.contiguous().flatten().view(torch.uint8))
-        region = self._table.add(memory)
-        request = pb.RunStageRequest(
-            session=call.session,
-            digest=call.digest,
-            start=call.start,
-            count=hidden.shape[0],
-            positions_max=call.positions_max,
-            giver=self._me,
-            hidden=region_message(region),
-            crc32=memory.crc32,
-            stages=stages,
-        )
-        try:
-            await self.stub(following.peer).RunStage(request, timeout=STAGE_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            raise StageFailedError(
-                f"{following.peer.peer_id}: {error.code().name}: {error.details()}"
-            ) from error
-        finally:
-            self._free(region.region_id)
+        with self.lent(hidden.contiguous().flatten().view(torch.uint8)) as (region, crc32):
+            request = pb.RunStageRequest(
+                session=call.session,
+                digest=call.digest,
+                start=call.start,
+                count=hidden.shape[0],
+                positions_max=call.positions_max,
+                giver=self._me,
+                hidden=region,
+                crc32=crc32,
+                stages=stages,
+            )
+            with _told_as_failure(following.peer):
+                await self.stub(following.peer).RunStage(request, timeout=STAGE_DEADLINE_S)
 
     async def _here(self, call: StageCall, hidden: torch.Tensor, stages: tuple[pb.StageRange, ...]) -> None:
         following = stages[0]
@@ -246,18 +239,14 @@ class StageHost:
         """KV of a session at a member, this one too: uint8 on the host. Raises PeerError."""
         if peer.peer_id == self._me.peer_id:
             return await self._kv(request)
-        try:
+        with _told_as_failure(peer):
             answer = await self.stub(peer).ReadStage(request, timeout=STAGE_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            raise StageFailedError(f"{peer.peer_id}: {error.code().name}: {error.details()}") from error
         return torch.frombuffer(await self._read(peer, answer.state, answer.crc32), dtype=torch.uint8)
 
     async def extend_at(self, peer: pb.Peer, request: pb.ExtendSessionRequest) -> None:
         """Brings more of a request to another replica. Raises StageFailedError."""
-        try:
+        with _told_as_failure(peer):
             await self.stub(peer).ExtendSession(request, timeout=STAGE_DEADLINE_S)
-        except grpc.aio.AioRpcError as error:
-            raise StageFailedError(f"{peer.peer_id}: {error.code().name}: {error.details()}") from error
 
     async def end_at(self, peer: pb.Peer, session: str) -> None:
         """Frees a session at a member; one that cannot be reached frees it by itself."""
@@ -283,6 +272,16 @@ class StageHost:
             await channel.close()
 
     # Small things
+
+    @contextlib.contextmanager
+    def lent(self, data: torch.Tensor) -> Iterator[tuple[pb.Region, int]]:
+        """Bytes that a peer may read during the block: where they are, and their crc32."""
+        memory = StateBytes(data)
+        region = self._table.add(memory)
+        try:
+            yield region_message(region), memory.crc32
+        finally:
+            self._free(region.region_id)
 
     def _arrived(self, session: str, hidden: torch.Tensor) -> None:
         arrival = self._arrivals.get(session)
@@ -322,6 +321,15 @@ class StageHost:
         asyncio.get_running_loop().run_in_executor(
             None, lambda: self._table.remove(region_id, deadline_s=REMOVE_DEADLINE_S)
         )
+
+
+@contextlib.contextmanager
+def _told_as_failure(peer: pb.Peer) -> Iterator[None]:
+    """No exception of gRPC leaves this file."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        raise StageFailedError(f"{peer.peer_id}: {error.code().name}: {error.details()}") from error
 
 
 def status_of(error: AgentError) -> grpc.StatusCode:
