@@ -162,3 +162,18 @@ async def test_refusing_new_requests_returns_them(bench: Bench) -> None:
     bench.desk.submit(request("a"))
     events = await bench.until("returned", "a")
     assert kinds(events, "a") == ["returned"]
+
+
+async def test_tiny_prompts_leave_the_prefill_rate_alone(bench: Bench) -> None:
+    """Their steps are fixed cost; a rate of five tokens a second once asked for three replicas."""
+
+    async def rate_after(request_id: str, prompt: int) -> float:
+        bench.desk.submit(request(request_id, prompt=prompt, max_tokens=1))
+        await bench.until("finished", request_id)
+        await asyncio.wrap_future(bench.loop.call(lambda engine: None))  # the turn has told what it left
+        return bench.loop.view.prefill_tokens_per_s
+
+    before = await rate_after("chunk", 16)
+    assert before > 0
+    rates = [await rate_after(f"tiny{index}", 2) for index in range(8)]
+    assert min(rates) >= before

@@ -23,6 +23,7 @@ from layercast_agent.engine.engine import Engine, EngineLoad
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import NoCapacityError
 from layercast_agent.worker.pacing import ComputeShare
+from layercast_agent.worker.rates import PrefillRate
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +31,6 @@ T = TypeVar("T")
 
 IDLE_WAIT_S = 1.0
 """Longest sleep of an idle thread; every change wakes it, so this only bounds a lost wake-up."""
-
-RATE_WINDOW_S = 2.0
-"""Time constant of the measured prefill rate."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,7 +69,8 @@ class EngineLoop:
         self._stopping = False
         self._attached: set[int] = set()
         self._segments = layers + 2
-        self._rate = 0.0
+        self._rate = PrefillRate(chunk_tokens=engine.limits.step_tokens_max)
+        self._quantum: Sequence | None = None
         self._turns = 0
         self._first_layer_at: float | None = None
         self.view = self._look()
@@ -169,14 +168,15 @@ class EngineLoop:
         if called:
             self._publish()
         started, cpu_started = time.monotonic(), time.thread_time()
-        prefix_before = self._prefix_computed()
+        prefix_before = self._engine.prefill_tokens_done
+        self._quantum = None
         events = self._execute()
         if events is None:
             return called
         self._turns += 1
         wall_s = time.monotonic() - started
         pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
-        self._measure(self._prefix_computed() - prefix_before, wall_s + pause_s)
+        self._measure(self._engine.prefill_tokens_done - prefix_before, wall_s + pause_s)
         if events:
             self._on_tokens(events)
         self._publish()
@@ -196,6 +196,7 @@ class EngineLoop:
         chosen = self._choose_quantum()
         if chosen is None:
             return None
+        self._quantum = chosen
         self._engine.run_layer(chosen)
         if self._first_layer_at is None:
             self._first_layer_at = time.time()
@@ -216,20 +217,18 @@ class EngineLoop:
             return False
         return bool(seq.pages) or self._engine.has_room(seq)
 
-    def _prefix_computed(self) -> int:
-        return self._engine.prefill_tokens_done
-
     def _measure(self, tokens: int, seconds: float) -> None:
-        if tokens > 0 and seconds > 0:
-            weight = min(1.0, seconds / RATE_WINDOW_S) if self._rate else 1.0
-            self._rate += weight * (tokens / seconds - self._rate)
+        part = 1.0
+        if self._quantum is not None:
+            tokens, part = self._quantum.prefix_length, 1 / self._layers
+        self._rate = self._rate.after(tokens=tokens, seconds=seconds, part=part)
 
     def _look(self) -> LoopView:
         return LoopView(
             turns=self._turns,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,
-            prefill_tokens_per_s=self._rate,
+            prefill_tokens_per_s=self._rate.tokens_per_s,
             first_layer_at=self._first_layer_at,
         )
 
