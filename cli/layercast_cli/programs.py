@@ -17,7 +17,7 @@ from layercast_cli.state import StateDir
 from layercast_cli.supervise import Program
 
 LOOPBACK = "127.0.0.1"
-POLICIES = ("live", "stop-the-world", "host-cache", "ttl-cache")
+POLICIES = ("live", "stop-the-world", "network", "host-cache", "ttl-cache")
 # Sources are not the current folder, and logs appear line by line.
 ENVIRONMENT = {"PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"}
 

@@ -99,7 +99,7 @@ class Traffic:
         return record
 
     async def few_at_a_time(
-        self, prompts: Sequence[int], *, phase: str, concurrency: int
+        self, prompts: Sequence[int], *, phase: str, concurrency: int, max_tokens: int | None = None
     ) -> list[RequestRecord]:
         """Asks each of `prompts` once, at most `concurrency` together; the records in the order of
         `prompts`."""
@@ -107,7 +107,7 @@ class Traffic:
 
         async def one(prompt: int) -> RequestRecord:
             async with room:
-                return await self.ask(prompt, phase=phase)
+                return await self.ask(prompt, phase=phase, max_tokens=max_tokens)
 
         return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
 

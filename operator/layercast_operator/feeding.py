@@ -134,6 +134,7 @@ def feed(
         running=running,
         checkpoint_bytes=resolved.nbytes,
         serving=bool(sources),
+        star=policy is ScalePolicy.NETWORK,
     )
     actions = _actions(
         plan.hops,

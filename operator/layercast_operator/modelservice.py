@@ -33,6 +33,8 @@ class ScalePolicy(Enum):
     """It executes the layers that it already holds (ZigZag)."""
     STOP_THE_WORLD = "stop-the-world"
     """It executes nothing before all of it is there; the baseline."""
+    NETWORK = "network"
+    """As stop-the-world, every replica from a complete copy over the network: nobody forwards."""
     HOST_CACHE = "host-cache"
     """As stop-the-world, from a copy in the host memory of its own node, of which every node keeps one (AllCache)."""
     TTL_CACHE = "ttl-cache"

@@ -27,6 +27,7 @@ from layercast_operator.flows import Member, predicted_s
 from layercast_operator.shifted import IN_ORDER, Shift, covered_after
 from layercast_operator.snapshot import PeerRef
 from layercast_operator.sources import choose_sources, rank_of
+from layercast_operator.star import grow_star
 from layercast_operator.topology import (
     ASSUMED_DISK_BYTES_PER_S,
     ASSUMED_NIC_BYTES_PER_S,
@@ -64,6 +65,8 @@ class Method(Enum):
 
     CHAIN = "chain"
     BINOMIAL = "binomial"
+    STAR = "star"
+    """Nobody forwards: the baseline."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,20 +123,20 @@ def plan_multicast(
     checkpoint_bytes: int,
     serving: bool,
     methods: Collection[Method] = (Method.CHAIN,),
+    star: bool = False,
 ) -> MulticastPlan:
     """Chains for `targets`; the same values give the same plan, in whatever order they are listed.
 
     `serving` says whether a complete replica takes requests: only then is there anybody to share them with.
-    `methods` are those that the agents can carry out.
+    `methods` are those that the agents can carry out. With `star` nobody forwards, which is there to compare.
     """
     wanted = {target.peer.peer_id: target for target in targets}
     sources = choose_sources(holders)
-    chains = grow_chains(
-        sources=sources,
-        holders=holders,
-        targets=targets,
-        running=[r for r in running if r.target.peer.peer_id not in wanted],
-    )
+    others = [r for r in running if r.target.peer.peer_id not in wanted]
+    if star:
+        chains = grow_star(sources=sources, targets=targets, running=others)
+    else:
+        chains = grow_chains(sources=sources, holders=holders, targets=targets, running=others)
     shifts = {} if serving else _shifts(chains.planned)
     alternatives = _Alternatives(holders)
     hops = [
@@ -151,9 +154,10 @@ def plan_multicast(
         notes=_busy_senders(chains.planned, holders),
         predicted_s=max((hop.predicted_s for hop in hops), default=0.0),
         covered_s=_covered_s(chains.planned, checkpoint_bytes, len(shifts)),
-        method_reason="chains are what the agents can carry out",
+        method=Method.STAR if star else Method.CHAIN,
+        method_reason="asked for" if star else "chains are what the agents can carry out",
     )
-    if Method.BINOMIAL not in methods:
+    if star or Method.BINOMIAL not in methods:
         return plan
     return _choose_method(plan, chains.planned, wanted, checkpoint_bytes)
 

@@ -124,7 +124,11 @@ def _flags(environment: Mapping[str, str]) -> _Parser:
     flag("gateway-port", "port of a gateway where the pod names none `http`", default="8080")
     flag("listen", "host:port of RouteService", default="127.0.0.1:7000")
     flag("metrics-listen", "host:port of /metrics, /healthz, /readyz", default="127.0.0.1:7090")
-    flag("policy", "one for every ModelService: live, stop-the-world, host-cache, ttl-cache", default="")
+    flag(
+        "policy",
+        "one for every ModelService: live, stop-the-world, network, host-cache, ttl-cache",
+        default="",
+    )
     flag("tick-s", "longest time between two passes in seconds", default="0.2")
     flag("agent-deadline-s", "how long an agent may take to answer", default="1")
     flag("agent-lost-after-s", "when a silent agent counts as gone", default="5")

@@ -52,9 +52,10 @@ def _scaling() -> Schema:
             ),
             "policy": text(
                 "How a new replica comes into service: live executes the layers that it has while the others arrive, "
-                "stop-the-world waits for all of them. host-cache and ttl-cache wait too, and load from the host "
-                "memory of their own node: with host-cache every node keeps a copy, with ttl-cache those that "
-                "served the model lately, and the others load from disk.",
+                "stop-the-world waits for all of them. The others wait too, and are there to compare: with network "
+                "nobody passes on what arrives; host-cache and ttl-cache load from the host memory of their own "
+                "node, of which with host-cache every node keeps a copy, with ttl-cache those that served the "
+                "model lately, and the others load from disk.",
                 default=ScalePolicy.LIVE.value,
                 enum=[policy.value for policy in ScalePolicy],
             ),

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import random
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +25,13 @@ from layercast_cli.status import Scale, ScaleReplica
 ZERO = 1_700_000_000.0
 LAYERS = 30
 DECIDED, FIRST_TOKEN, COMPLETE = 53.0, 54.5, 61.0
+
+
+@pytest.fixture
+def tmp_path() -> Iterator[Path]:
+    """A short one: clusters keep Unix sockets in it, whose paths have room for 107 bytes."""
+    with tempfile.TemporaryDirectory(prefix="lc-") as folder:
+        yield Path(folder)
 
 
 def make_request(index: int, *, phase: str, at: float, ttft_s: float, **changes: Any) -> RequestRecord:

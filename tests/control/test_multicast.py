@@ -65,6 +65,21 @@ def test_one_source_makes_one_chain() -> None:
     assert last == pytest.approx(4.0 + 2 * FORWARD_BYTES / (100 * MB))
 
 
+def test_in_a_star_nobody_forwards_and_sources_share_the_targets() -> None:
+    targets = [target(f"t{i}", f"n{i}") for i in range(1, 5)]
+    got = plan(
+        [holder("s", "n0"), holder("r", "n5"), holder("d", "n6", kind=HolderKind.DISK)], targets, star=True
+    )
+    assert got.method is Method.STAR and sorted(map(str, edges(got).values())) == ["r", "r", "s", "s"]
+    # Two flows leave each source: half its NIC for each, where a chain has all of it for both.
+    assert {hop.predicted_s for hop in got.hops} == {8.0}
+    late = [Running(target=t, upstream="r") for t in targets[:2]]
+    assert edges(plan([holder("s", "n0"), holder("r", "n5")], targets[2:3], running=late, star=True)) == {
+        "t3": "s"
+    }
+    assert plan([], targets, star=True).unfed == ("t1", "t2", "t3", "t4")
+
+
 def test_the_fast_come_first() -> None:
     # Figure 13b: S -> T2 -> T1 halves the time of the fast one and costs the slow one nothing.
     got = plan(
@@ -299,10 +314,10 @@ def networks(draw: st.DrawFn) -> Network:
     return list(holders.values()), fed, running
 
 
-@given(networks(), st.randoms(use_true_random=False), st.booleans())
-def test_every_plan(network: Network, shuffler: Any, serving: bool) -> None:
+@given(networks(), st.randoms(use_true_random=False), st.booleans(), st.booleans())
+def test_every_plan(network: Network, shuffler: Any, serving: bool, star: bool) -> None:
     holders, targets, running = network
-    values: dict[str, Any] = {"running": running, "serving": serving, "methods": tuple(Method)}
+    values: dict[str, Any] = {"running": running, "serving": serving, "methods": tuple(Method), "star": star}
     got = plan(holders, targets, **values)
     assert not violations(Planned(holders=holders, targets=targets, running=running, plan=got))
     # The order in which things are listed means nothing.

@@ -12,7 +12,7 @@ from tests.system.conftest import MODEL, StartCluster, answers, client_of, servi
 from layercast_cli.local import LocalCluster
 from layercast_cli.status import ReplicaStatus, ServiceStatus
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
 
 PROMPTS = [
     f"{number} ships sail through the night and find {number * 7} islands full of birds, which "

@@ -12,7 +12,7 @@ from tests.system.conftest import MODEL, StartCluster, answers, client_of, servi
 from layercast_cli.local import LocalCluster
 from layercast_cli.status import ServiceStatus
 
-pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
 
 PROMPTS = [f"{number} ships sail through the night and find " for number in range(1, 5)]
 MAX_TOKENS = 12
