@@ -37,6 +37,8 @@ from layercast_operator.state import Feed, ModelMemory, Resolved
 
 # The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
 REPLACE_AFTER_MS = 1000
+ALONE = "somebody complete serves now, whose queue it can share"
+"""Why a replica that loads is asked again when others were complete before it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,6 +110,8 @@ def feed(
     feeds = memory.feeds
     hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name, feeds))}
     sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
+    if sources and not has_leader(replicas):
+        hungry = _alone(replicas, snapshot) | hungry
     leaderless = policy is ScalePolicy.LIVE and not sources and not has_leader(replicas)
     if leaderless and not hungry:
         hungry = _led_again(replicas, snapshot)
@@ -170,6 +174,8 @@ def _actions(
         source = _choose_live_source(hop, sources, shared)
         if source is not None:
             shared[hop.target] = source.replica_id
+        elif hungry[hop.target] == ALONE:
+            continue
         if policy is ScalePolicy.LIVE and not sources:
             order = order_of(hop, resolved)
         else:
@@ -183,17 +189,34 @@ def _actions(
     return actions
 
 
+def _alone(replicas: Sequence[Replica], snapshot: Snapshot) -> dict[str, str]:
+    """Replicas that load since nobody was complete, and execute nothing: whoever is complete can share with them."""
+    return {
+        r.replica_id: ALONE
+        for r in replicas
+        if r.state is ReplicaState.LOADING
+        and r.peer.address
+        and r.transfer is not None
+        and not _young(r, snapshot)
+        and (node := snapshot.node(r.node)) is not None
+        and node.fresh
+    }
+
+
+def _young(replica: Replica, snapshot: Snapshot) -> bool:
+    """Its transfer has only just begun, or has new upstreams."""
+    return (
+        replica.transfer is not None and snapshot.at * 1000 - replica.transfer.generation < REPLACE_AFTER_MS
+    )
+
+
 def _led_again(replicas: Sequence[Replica], snapshot: Snapshot) -> dict[str, str]:
     """Whom to ask to lead when all are fed and nobody does; nobody while a transfer has only just begun."""
     chosen = successor(replicas)
     if chosen is None or chosen.transfer is None:
         return {}
     node = snapshot.node(chosen.node)
-    young = any(
-        r.transfer is not None and snapshot.at * 1000 - r.transfer.generation < REPLACE_AFTER_MS
-        for r in replicas
-        if r.arriving
-    )
+    young = any(_young(r, snapshot) for r in replicas if r.arriving)
     return {} if young or node is None or not node.fresh else {chosen.replica_id: "nobody leads"}
 
 
@@ -236,7 +259,7 @@ def _need(replica: Replica, snapshot: Snapshot, model: str, feeds: Mapping[str, 
         told = feeds.get(replica.replica_id)
         under_way = told is not None and snapshot.at - told.at < REPLACE_AFTER_MS / 1000
         return "" if under_way else "nothing feeds it yet"
-    if snapshot.at * 1000 - transfer.generation < REPLACE_AFTER_MS:
+    if _young(replica, snapshot):
         return ""
     if transfer.stalled:
         reason = transfer.failures[-1] if transfer.failures else "no upstream is left"

@@ -99,3 +99,17 @@ def test_another_leads_when_the_leader_is_lost(worlds: Any) -> None:
     assert again and again[0].replica_id != leader.replica_id
     p.run(6)
     assert len(p.world.replicas(ReplicaState.SERVING)) == 2
+
+
+def test_who_still_loads_when_another_is_complete_shares_its_queue(worlds: Any) -> None:
+    """The leader had the copy beside it, say: the others need not be idle until they are complete too."""
+    p = scaled_from_zero(worlds, 3)
+    p.run(0.6)
+    (leader,) = p.world.replicas(ReplicaState.LEADING)
+    leader.done = worlds.NBYTES
+    late = [a for a in p.run(1.4) if isinstance(a, StartTransfer)]
+    assert {t.live_source.peer_id for t in late if t.live_source is not None} == {leader.replica_id}
+    loading = p.world.replicas(ReplicaState.LIVE)
+    # Each is asked once, and keeps what it has.
+    assert sorted(t.replica_id for t in late) == sorted(replica.replica_id for replica in loading)
+    assert len(loading) == 2 and all(t.lead is None for t in late)

@@ -1061,7 +1061,8 @@ class StartTransferRequest(_message.Message):
     @_builtins.property
     def live_source(self) -> _peer_pb2.Peer:
         """Execute resident layers for this worker's queue while loading; absent means
-        that nothing is executed before all is there.
+        that nothing is executed before all is there. With a higher generation a
+        replica that loads goes live.
         """
 
     @_builtins.property
