@@ -131,8 +131,7 @@ class Replica:
             if request.generation > self.runner.status().generation:
                 self.preferred_upstream = upstreams[0].peer_id
                 self.runner.replace_upstreams(upstreams, request.generation)
-                self._share_now(request)
-                self._lead_now(request)
+                self._begin_early(request)
             return
         self.preferred_upstream = upstreams[0].peer_id
         self.runner = TransferRunner(
@@ -149,19 +148,17 @@ class Replica:
             on_segment=self._on_segment,
             on_end=self._on_transfer_end,
         )
-        self._share_now(request)
-        self._lead_now(request)
+        self._begin_early(request)
         self.runner.start()
 
-    def _share_now(self, request: agent_pb2.StartTransferRequest) -> None:
-        """Goes live when there is a source to share a queue with; it may be complete only after this began."""
-        if request.HasField("live_source") and self.state == agent_pb2.REPLICA_STATE_LOADING:
+    def _begin_early(self, request: agent_pb2.StartTransferRequest) -> None:
+        """Executes what it has, as a target or as a leader, when it is asked to and only loads until now."""
+        if self.state != agent_pb2.REPLICA_STATE_LOADING:
+            return
+        if request.HasField("live_source"):
             self.state = agent_pb2.REPLICA_STATE_LIVE
             self._spawn(self._stay_live(request.live_source))
-
-    def _lead_now(self, request: agent_pb2.StartTransferRequest) -> None:
-        """Leads from now on when it is asked to and loads; whoever led before may be gone."""
-        if request.HasField("lead") and self.state == agent_pb2.REPLICA_STATE_LOADING:
+        elif request.HasField("lead"):  # whoever led before may be gone
             self.state = agent_pb2.REPLICA_STATE_LEADING
             self.pipeline = self._lead(request.lead)
             self._spawn(self.pipeline.run())
