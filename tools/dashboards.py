@@ -38,6 +38,11 @@ def quantiles(metric: str) -> dict[str, str]:
     return {f"p{q} {{{{model}}}}": f"histogram_quantile(0.{q}, {inside})" for q in (50, 99)}
 
 
+def mean_of(metric: str) -> str:
+    """Of a histogram since its start, by what of it."""
+    return f"sum by (what) ({metric}_sum{{{MODEL}}}) / sum by (what) ({metric}_count{{{MODEL}}})"
+
+
 SERVICE = (
     Panel(
         title="Requests",
@@ -124,6 +129,15 @@ SERVICE = (
         unit="Bps",
         queries={"{{replica}}": f"layercast_operator_transfer_bytes_per_second{{{MODEL}}}"},
         about="Bytes a second that arrive at each replica; zero when nothing is loading.",
+    ),
+    Panel(
+        title="Loads: expected and actual",
+        unit="s",
+        queries={
+            "{{what}}, expected": mean_of("layercast_operator_predicted_seconds"),
+            "{{what}}, actual": mean_of("layercast_operator_actual_seconds"),
+        },
+        about="Mean over all loads since the operator's start, by what of them; estimates learn from each.",
     ),
 )
 
@@ -224,6 +238,15 @@ FLEET = (
             "reconcile errors": f"sum(increase(layercast_operator_reconcile_errors_total{RATE})) or vector(0)",
         },
         about="Should all be zero.",
+    ),
+    Panel(
+        title="Steps: actual over expected",
+        unit="short",
+        queries={
+            "{{what}}": "sum by (what) (layercast_agent_replica_actual_seconds_sum) "
+            "/ sum by (what) (layercast_agent_replica_predicted_seconds_sum)"
+        },
+        about="Of all replicas since their start: steps with prompts, steps without, pauses of requests that move.",
     ),
 )
 

@@ -82,7 +82,10 @@ def _decision(scale: Scale | None, now: float) -> list[str]:
     lines = ["", f"Last decision: {change} replicas at {words.clock(scale.decided_at)}, {ago} ago{policy}"]
     lines += [f"  Why:  {scale.reason}"] if scale.reason else []
     lines += [f"  Rule: {scale.rule}"] if scale.rule else []
-    return lines + [f"  {story(each, decided_at=scale.decided_at)}" for each in scale.replicas]
+    for each in scale.replicas:
+        lines.append(f"  {story(each, decided_at=scale.decided_at)}")
+        lines += [f"    Expected: {foretold(each)}"] if each.predictions else []
+    return lines
 
 
 def story(replica: ScaleReplica, *, decided_at: float) -> str:
@@ -98,6 +101,15 @@ def story(replica: ScaleReplica, *, decided_at: float) -> str:
     source = f" from {replica.source}" if replica.source else ""
     rate = f" at {words.gigabytes_per_s(replica.bytes_per_s)}" if replica.bytes_per_s else ""
     return f"{replica.replica_id} on {replica.node}{source}: {', '.join(reached) or 'nothing yet'}{rate}."
+
+
+def foretold(replica: ScaleReplica) -> str:
+    """`load 2.4 s, took 2.5 s; transfer 1.9 s, under way`."""
+    return "; ".join(
+        f"{each.what} {words.duration(each.predicted_s)}, "
+        + ("under way" if each.actual_s is None else f"took {words.duration(each.actual_s)}")
+        for each in replica.predictions
+    )
 
 
 def _replicas(status: ServiceStatus) -> list[str]:

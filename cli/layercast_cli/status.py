@@ -71,6 +71,15 @@ class HostCopy:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """How long something was expected to take, and what it took; None while it lasts."""
+
+    what: str
+    predicted_s: float
+    actual_s: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ScaleReplica:
     """One new replica of a scale-up; times in unix seconds, None when not reached."""
 
@@ -83,6 +92,7 @@ class ScaleReplica:
     first_token_at: float | None
     complete_at: float | None
     bytes_per_s: float
+    predictions: tuple[Prediction, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,6 +231,15 @@ def _scale_replica(raw: Mapping[str, Any]) -> ScaleReplica:
         first_token_at=time_of(raw.get("firstTokenAt")),
         complete_at=time_of(raw.get("completeAt")),
         bytes_per_s=_float(raw, "bytesPerSecond"),
+        predictions=tuple(_prediction(each) for each in _sequence(raw.get("predictions"))),
+    )
+
+
+def _prediction(raw: Mapping[str, Any]) -> Prediction:
+    return Prediction(
+        what=str(raw.get("what") or ""),
+        predicted_s=_float(raw, "predictedSeconds"),
+        actual_s=_float(raw, "actualSeconds") or None,
     )
 
 

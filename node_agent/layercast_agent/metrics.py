@@ -18,7 +18,7 @@ from typing import Any
 
 from layercast.agent.v1alpha1 import agent_pb2 as pb
 from prometheus_client import CollectorRegistry, ProcessCollector
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric, SummaryMetricFamily
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import Collector
 
@@ -99,6 +99,7 @@ def families(seen: Observation) -> Iterator[Metric]:
         yield expiry
     yield from _arriving(seen.status.replicas)
     yield from _memory(seen.status.replicas)
+    yield from _foreseen(seen.status.replicas)
 
 
 def _disk(status: pb.GetStatusResponse) -> Iterator[Metric]:
@@ -142,6 +143,27 @@ def _arriving(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
         rate.add_metric([replica.replica_id, source], transfer.bytes_per_s if under_way else 0)
     yield arrived
     yield rate
+
+
+def _foreseen(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
+    """What replicas expected of themselves, and what it was: two summaries with the same counts."""
+    labels = ["replica", "what"]
+    predicted = SummaryMetricFamily(
+        "layercast_agent_replica_predicted_seconds",
+        "How long steps and pauses were expected to take.",
+        labels=labels,
+    )
+    actual = SummaryMetricFamily(
+        "layercast_agent_replica_actual_seconds",
+        "How long the steps and pauses took whose predictions are counted.",
+        labels=labels,
+    )
+    for replica in replicas:
+        for each in replica.load.comparisons:
+            where = [replica.replica_id, each.what]
+            predicted.add_metric(where, each.count, each.predicted_s)
+            actual.add_metric(where, each.count, each.actual_s)
+    yield from (predicted, actual)
 
 
 def _memory(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:

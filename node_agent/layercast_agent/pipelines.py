@@ -71,6 +71,11 @@ class SwitchCosts:
     """How fast those bytes come here; 0 is unknown."""
 
 
+def fetch_s(costs: SwitchCosts) -> float:
+    """Seconds until the missing KV is here; 0 when that is unknown."""
+    return costs.remote_bytes / costs.bytes_per_s if costs.bytes_per_s > 0 else 0.0
+
+
 def fetch_is_shorter(costs: SwitchCosts) -> bool:
     """Mode switch: whether to read the missing KV rather than to compute the prefix again.
 
@@ -81,4 +86,4 @@ def fetch_is_shorter(costs: SwitchCosts) -> bool:
         return False
     if costs.prefill_tokens_per_s <= 0:
         return True
-    return costs.remote_bytes / costs.bytes_per_s < costs.positions / costs.prefill_tokens_per_s
+    return fetch_s(costs) < costs.positions / costs.prefill_tokens_per_s

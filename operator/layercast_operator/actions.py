@@ -42,6 +42,10 @@ class StartReplica:
     manifest_peer: PeerRef | None
     """Where the manifest is; None when the node's own disk has it."""
     why: str
+    way: str = ""
+    """The kind of copy from which its parameters will probably come."""
+    parameters_s: float = 0.0
+    """How long they take from there, uncorrected."""
 
     @property
     def subject(self) -> str:
@@ -64,6 +68,10 @@ class StartTransfer:
     why: str
     lead: tuple[PeerRef, ...] | None = None
     """Nobody complete serves, and this replica leads a pipeline with these, maybe with none; None: it does not."""
+    way: str = ""
+    """The kind of copy that is read."""
+    parameters_s: float = 0.0
+    """How long it takes from there, uncorrected."""
 
     @property
     def subject(self) -> str:

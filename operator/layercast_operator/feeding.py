@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from layercast_operator.actions import Action, StartTransfer
 from layercast_operator.leading import (
@@ -185,7 +185,8 @@ def _actions(
         if lead is not None:
             why += f", so it leads a pipeline of {len(lead) + 1}"
         upstreams = (hop.upstream, *hop.alternatives)
-        actions.append(_transfer(by_id[hop.target], upstreams, source, order, at=at, why=why, lead=lead))
+        sent = _transfer(by_id[hop.target], upstreams, source, order, at=at, why=why, lead=lead)
+        actions.append(replace(sent, way=hop.kind.value, parameters_s=hop.predicted_s))
     return actions
 
 
@@ -236,7 +237,10 @@ def _feed_locally(hungry: Mapping[Replica, str], snapshot: Snapshot, resolved: R
             continue
         why = f"{need}; fed by its own {'host memory' if in_memory else 'disk'}"
         order = segment_order(resolved.layers, live=False)
-        actions.append(_transfer(replica, upstreams, None, order, at=snapshot.at, why=why))
+        kind = HolderKind.HOST if in_memory else HolderKind.DISK
+        rate = INSIDE_NODE_BYTES_PER_S if in_memory else disk_bytes_per_s(node)
+        sent = _transfer(replica, upstreams, None, order, at=snapshot.at, why=why)
+        actions.append(replace(sent, way=kind.value, parameters_s=resolved.nbytes / rate))
     missing = f"no copy on the node of {', '.join(unfed)}" if unfed else ""
     return Feeding(actions=tuple(actions), unfed=missing)
 

@@ -9,7 +9,9 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from layercast_operator.state import ConditionMemory, ModelMemory, ScaledReplica, ScaleRecord
+from layercast_operator.estimators import Prediction, What
+from layercast_operator.state import ConditionMemory, ModelMemory
+from layercast_operator.timelines import ScaledReplica, ScaleRecord
 
 
 def rfc3339(at: float) -> str:
@@ -37,9 +39,21 @@ def scale_json(record: ScaleRecord) -> dict[str, Any]:
                 "firstTokenAt": _time(r.first_token_at),
                 "completeAt": _time(r.complete_at),
                 "bytesPerSecond": r.bytes_per_s,
+                "predictions": [_prediction_json(prediction) for prediction in r.predictions],
             }
             for r in record.replicas
         ],
+    }
+
+
+def _prediction_json(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "what": prediction.what.value,
+        "way": prediction.way,
+        "since": rfc3339(prediction.begun_at),
+        "priorSeconds": prediction.prior_s,
+        "predictedSeconds": prediction.predicted_s,
+        "actualSeconds": prediction.actual_s,
     }
 
 
@@ -92,6 +106,7 @@ def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:
             first_token_at=_seconds(r.get("firstTokenAt")),
             complete_at=_seconds(r.get("completeAt")),
             bytes_per_s=r.get("bytesPerSecond", 0),
+            predictions=tuple(_prediction_of(prediction) for prediction in r.get("predictions") or ()),
         )
         for r in entry.get("replicas") or ()
     )
@@ -103,4 +118,16 @@ def _scale_of(entry: Mapping[str, Any]) -> ScaleRecord:
         rule=entry["rule"],
         policy=entry["policy"],
         replicas=replicas,
+    )
+
+
+def _prediction_of(entry: Mapping[str, Any]) -> Prediction:
+    actual = entry.get("actualSeconds")
+    return Prediction(
+        what=What(entry["what"]),
+        way=str(entry.get("way", "")),
+        begun_at=_moment(entry["since"]),
+        prior_s=float(entry["priorSeconds"]),
+        predicted_s=float(entry["predictedSeconds"]),
+        actual_s=None if actual is None else float(actual),
     )

@@ -10,6 +10,7 @@ from aiohttp import web
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 from layercast_operator.errors import SettingsError
+from layercast_operator.estimators import Prediction, What
 from layercast_operator.snapshot import HostCopyState, Replica
 
 _PREFIX = "layercast_operator_"
@@ -74,9 +75,28 @@ class Metrics:
         self.poll_failures = Counter(
             _PREFIX + "poll_failures", "Agents that did not answer.", ["node"], registry=self.registry
         )
+        self._add_predictions()
         self._add_peers()
         self._add_host_copies()
         self._add_kubernetes()
+
+    def _add_predictions(self) -> None:
+        """Estimates of what ended, and what it took: two histograms with the same counts."""
+        labels, buckets = ["model", "what"], (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 500)
+        self.predicted_seconds = Histogram(
+            _PREFIX + "predicted_seconds",
+            "How long loads were expected to take, by what of them.",
+            labels,
+            buckets=buckets,
+            registry=self.registry,
+        )
+        self.actual_seconds = Histogram(
+            _PREFIX + "actual_seconds",
+            "How long the loads took whose predictions are counted.",
+            labels,
+            buckets=buckets,
+            registry=self.registry,
+        )
 
     def _add_peers(self) -> None:
         """Who answers."""
@@ -170,8 +190,18 @@ class Metrics:
             rate = replica.transfer.bytes_per_s if replica.transfer is not None and replica.arriving else 0
             self.transfer_bytes_per_s.labels(model, replica.replica_id).set(rate)
 
+    def show_prediction(self, model: str, prediction: Prediction) -> None:
+        """One came true, or did not."""
+        if prediction.actual_s is not None:
+            self.predicted_seconds.labels(model, prediction.what.value).observe(prediction.predicted_s)
+            self.actual_seconds.labels(model, prediction.what.value).observe(prediction.actual_s)
+
     def forget_model(self, model: str) -> None:
         """Its ModelService is gone."""
+        for series in (self.predicted_seconds, self.actual_seconds):
+            for what in What:
+                with contextlib.suppress(KeyError):
+                    series.remove(model, what.value)
         for replica in self._listed.pop(model, set()):
             self._forget_replica(model, replica)
         with contextlib.suppress(KeyError):

@@ -86,6 +86,8 @@ class Hop:
     shards: int = 1
     shift: Shift = IN_ORDER
     """Which parts the chain sends first."""
+    kind: HolderKind = HolderKind.DEVICE
+    """Of the copy at the top of the chain."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,6 +217,7 @@ def _hop(member: Member, alternatives: _Alternatives, checkpoint_bytes: int, shi
         shard=member.shard,
         shards=member.shards,
         shift=shift,
+        kind=list(HolderKind)[member.rank],
     )
 
 

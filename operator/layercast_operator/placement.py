@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
+from layercast_operator.estimators import Estimates, What, factor_of
 from layercast_operator.multicast import (
     ASSUMED_DISK_BYTES_PER_S,
     ASSUMED_NIC_BYTES_PER_S,
@@ -23,7 +24,10 @@ from layercast_operator.snapshot import Node, Snapshot
 # A hub or an object store over the internet; only ranks "nobody near has it" last.
 ASSUMED_ORIGIN_BYTES_PER_S = 50e6
 
+ORIGIN = "origin"
+
 _ANYWHERE: Mapping[str, str] = {}
+_UNCORRECTED: Estimates = {}
 
 # What a worker that is not warm yet still needs: imports and first kernels, about half of them behind it.
 ASSUMED_WARMING_S = 3.0
@@ -36,7 +40,12 @@ class Place:
     node: str
     device_id: str
     predicted_s: float
+    """Until its parameters are there, corrected by what others took."""
     why: str
+    way: str = ""
+    """The kind of copy that they come from."""
+    parameters_s: float = 0.0
+    """The same from rates alone."""
     ready: bool = True
     """False for a device that is warming: it is worth waiting for, and nothing can be started on it now."""
 
@@ -85,14 +94,16 @@ def place_replicas(
     avoid: Collection[str],
     taken: Collection[tuple[str, str]] = (),
     selector: Mapping[str, str] = _ANYWHERE,
+    estimates: Estimates = _UNCORRECTED,
 ) -> Placements:
     """Up to `count` devices, soonest parameters first; those that are only worth waiting for are in `missing`.
 
-    `avoid` names nodes that are in back-off, `taken` (node, device) pairs promised in this pass.
+    `avoid` names nodes that are in back-off, `taken` (node, device) pairs promised in this pass. `estimates` is what
+    earlier transfers taught about each kind of copy.
     """
     chosen: list[Place] = []
     used = set(taken)
-    yards = _yards(snapshot, used, avoid, checkpoint_bytes, holders, selector=selector)
+    yards = _yards(snapshot, used, avoid, checkpoint_bytes, holders, selector=selector, estimates=estimates)
     while len(chosen) < count and yards:
         best = min(yards, key=_Yard.rank)
         chosen.append(best.take())
@@ -107,12 +118,23 @@ def place_replicas(
     return Placements(places=ready, missing=missing, warming=len(waited))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Arrival:
+    """When parameters could be on a node, and from where."""
+
+    seconds: float
+    prior_s: float
+    """From rates alone."""
+    way: str
+    words: str
+
+
 @dataclass(slots=True, kw_only=True)
 class _Yard:
     """What one node offers: its devices that qualify, best first as (seconds, device, idle)."""
 
     node: str
-    way: str
+    arrival: Arrival
     crowd: int
     """Devices of the node that have a replica."""
     free: list[tuple[float, str, bool]]
@@ -127,8 +149,16 @@ class _Yard:
         """The best device, which is offered no more."""
         seconds, device, idle = self.free.pop(0)
         self.crowd += 1
-        why = f"parameters in about {seconds:.1f} s {self.way}"
-        return Place(node=self.node, device_id=device, predicted_s=seconds, why=why, ready=idle)
+        arrival = self.arrival
+        return Place(
+            node=self.node,
+            device_id=device,
+            predicted_s=seconds,
+            why=f"parameters in about {seconds:.1f} s {arrival.words}",
+            way=arrival.way,
+            parameters_s=arrival.prior_s,
+            ready=idle,
+        )
 
 
 def _yards(
@@ -139,6 +169,7 @@ def _yards(
     holders: Sequence[Holder],
     *,
     selector: Mapping[str, str],
+    estimates: Estimates,
 ) -> list[_Yard]:
     """Every node with a device that qualifies."""
     yards = []
@@ -154,26 +185,40 @@ def _yards(
         ]
         if not open_devices:
             continue
-        seconds, way = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders)
+        arrival = estimate(node, checkpoint_bytes=checkpoint_bytes, holders=holders, estimates=estimates)
         crowd = sum(1 for d in node.devices if d.replica_id or (node.name, d.device_id) in used)
-        free = [(seconds + (0.0 if d.idle else ASSUMED_WARMING_S), d.device_id, d.idle) for d in open_devices]
-        yards.append(_Yard(node=node.name, way=way, crowd=crowd, free=sorted(free)))
+        warming = {d.device_id: 0.0 if d.idle else ASSUMED_WARMING_S for d in open_devices}
+        free = [(arrival.seconds + warming[d.device_id], d.device_id, d.idle) for d in open_devices]
+        yards.append(_Yard(node=node.name, arrival=arrival, crowd=crowd, free=sorted(free)))
     return yards
 
 
-def estimate(node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder]) -> tuple[float, str]:
-    """Seconds until the parameters could be on `node`, and by which way; the origin when nobody has them."""
-    ways = [] if holders else [(checkpoint_bytes / ASSUMED_ORIGIN_BYTES_PER_S, "from the origin")]
+def estimate(
+    node: Node, *, checkpoint_bytes: int, holders: Sequence[Holder], estimates: Estimates = _UNCORRECTED
+) -> Arrival:
+    """When the parameters could be on `node`, by the best way; from the origin when nobody has them."""
+    ways: list[tuple[float, str, str]] = []
+    if not holders:
+        ways.append((ASSUMED_ORIGIN_BYTES_PER_S, ORIGIN, "from the origin"))
     for holder in holders:
+        kind = holder.kind.value
         if holder.node == node.name and holder.kind is not HolderKind.DEVICE:
-            ways.append((checkpoint_bytes / holder.read_bytes_per_s, f"from its own {holder.kind.value}"))
+            ways.append((holder.read_bytes_per_s, kind, f"from its own {kind}"))
             continue
         rate = INSIDE_NODE_BYTES_PER_S
         if holder.node != node.name:
             rate = min(holder.nic_bytes_per_s, nic_bytes_per_s(node))
-        rate = min(rate, holder.read_bytes_per_s)
-        ways.append((checkpoint_bytes / rate, f"from {holder.peer.peer_id}"))
-    return min(ways)
+        ways.append((min(rate, holder.read_bytes_per_s), kind, f"from {holder.peer.peer_id}"))
+    arrivals = [
+        Arrival(
+            seconds=checkpoint_bytes / rate * factor_of(estimates, What.TRANSFER, way),
+            prior_s=checkpoint_bytes / rate,
+            way=way,
+            words=words,
+        )
+        for rate, way, words in ways
+    ]
+    return min(arrivals, key=lambda arrival: (arrival.seconds, arrival.words))
 
 
 def _missing(

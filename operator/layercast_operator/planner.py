@@ -324,6 +324,7 @@ def _grow(
         avoid=resting(given.memory.start_backoffs, given.snapshot.at),
         taken=given.taken,
         selector=given.model.node_selector,
+        estimates=given.memory.estimates,
     )
     actions: list[Action] = [
         StartReplica(
@@ -338,6 +339,8 @@ def _grow(
             prefix_caching=given.model.prefix_caching,
             manifest_peer=_manifest_peer(place.node, holders),
             why=f"{len(stays)} of {given.target} replicas are there or on their way; {place.why}",
+            way=place.way,
+            parameters_s=place.parameters_s,
         )
         for place in placed.places
     ]

@@ -206,6 +206,8 @@ class Reconciler:
             new_id=self.new_id,
             taken=taken,
         )
+        for prediction in turn.memory.came_true:
+            self.metrics.show_prediction(name, prediction)
         begun = self.executor.submit(turn.plan.actions, snapshot)
         taken |= {(action.node, action.device_id) for action in begun if isinstance(action, StartReplica)}
         memory = after_actions(turn.memory, begun, policy=turn.policy, now=snapshot.at)

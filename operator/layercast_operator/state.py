@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import reduce
 
 from layercast_operator.actions import (
     Action,
@@ -19,9 +20,17 @@ from layercast_operator.actions import (
     StartTransfer,
     StopReplica,
 )
+from layercast_operator.estimators import START_S, Estimates, Prediction, What, learned, predict
 from layercast_operator.modelservice import ModelService, ScalePolicy
 from layercast_operator.policy import Rule
 from layercast_operator.snapshot import CheckpointState, Replica, ReplicaState, Snapshot
+from layercast_operator.timelines import (
+    ScaledReplica,
+    ScaleRecord,
+    came_true,
+    refreshed,
+    with_replica,
+)
 
 SCALES_MAX = 20
 ERRORS_MAX = 5
@@ -51,33 +60,10 @@ class Resolved:
         """Transformer layers: every segment but embed and head."""
         return max(len(self.segment_bytes) - 2, 0)
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScaledReplica:
-    """One replica that a decision brought, and when what happened to it."""
-
-    replica_id: str
-    node: str
-    source: str = ""
-    assigned_at: float | None = None
-    first_segment_at: float | None = None
-    first_layer_at: float | None = None
-    first_token_at: float | None = None
-    complete_at: float | None = None
-    bytes_per_s: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ScaleRecord:
-    """One change of the number of replicas, with its reason and what came of it."""
-
-    decided_at: float
-    replicas_from: int
-    replicas_to: int
-    reason: str
-    rule: str
-    policy: str
-    replicas: tuple[ScaledReplica, ...] = ()
+    @property
+    def first_share(self) -> float:
+        """Part of all bytes that one layer is, the largest where they differ."""
+        return max(self.segment_bytes[1:-1], default=self.nbytes) / max(self.nbytes, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +116,9 @@ class ModelMemory:
     load_time_s: float | None = None
     resolved: Resolved | None = None
     scales: tuple[ScaleRecord, ...] = ()
+    estimates: Estimates = field(default_factory=dict)
+    came_true: tuple[Prediction, ...] = ()
+    """Predictions that ended in the last pass."""
     prepare_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
     start_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
     host_backoffs: Mapping[str, Backoff] = field(default_factory=dict)
@@ -181,12 +170,16 @@ def observe(memory: ModelMemory, model: ModelService, snapshot: Snapshot) -> Mod
     ids = {replica.replica_id for replica in replicas}
     serving = [replica for replica in replicas if replica.state is ReplicaState.SERVING]
     good = {replica.node for replica in serving}
+    scales = tuple(refreshed(record, replicas) for record in memory.scales)
+    ended = came_true(memory.scales, scales)
     return replace(
         memory,
         resolved=resolve(model, snapshot, memory.resolved),
         prefill_tokens_per_s=_prefill_rate(serving) or memory.prefill_tokens_per_s,
         load_time_s=_load_time_s(serving) or memory.load_time_s,
-        scales=tuple(_refreshed(record, replicas) for record in memory.scales),
+        scales=scales,
+        estimates=reduce(learned, ended, memory.estimates),
+        came_true=ended,
         start_backoffs={n: b for n, b in memory.start_backoffs.items() if n not in good or b.until > now},
         prepare_backoffs={
             n: b for n, b in memory.prepare_backoffs.items() if not _is_ready(snapshot, n, model.model.key)
@@ -257,31 +250,6 @@ def _load_time_s(serving: Iterable[Replica]) -> float | None:
     return max(spans, default=None)
 
 
-def _refreshed(record: ScaleRecord, replicas: Iterable[Replica]) -> ScaleRecord:
-    by_id = {replica.replica_id: replica for replica in replicas if not replica.pending}
-    scaled = tuple(
-        _refreshed_replica(entry, by_id[entry.replica_id]) if entry.replica_id in by_id else entry
-        for entry in record.replicas
-    )
-    return record if scaled == record.replicas else replace(record, replicas=scaled)
-
-
-def _refreshed_replica(entry: ScaledReplica, replica: Replica) -> ScaledReplica:
-    seen = replica.timeline
-    transfer = replica.transfer
-    return ScaledReplica(
-        replica_id=entry.replica_id,
-        node=entry.node,
-        source=(transfer.upstream if transfer is not None else "") or entry.source,
-        assigned_at=seen.assigned_at or entry.assigned_at,
-        first_segment_at=seen.first_segment_at or entry.first_segment_at,
-        first_layer_at=seen.first_layer_at or entry.first_layer_at,
-        first_token_at=seen.first_token_at or entry.first_token_at,
-        complete_at=seen.complete_at or entry.complete_at,
-        bytes_per_s=(transfer.bytes_per_s if transfer is not None else 0) or entry.bytes_per_s,
-    )
-
-
 def with_target(
     memory: ModelMemory,
     *,
@@ -336,7 +304,9 @@ def after_actions(
 
 def _with_started(memory: ModelMemory, action: StartReplica, policy: ScalePolicy, now: float) -> ModelMemory:
     """Attach the replica to the decision that it follows, or write down a repair."""
-    started = ScaledReplica(replica_id=action.replica_id, node=action.node)
+    started = ScaledReplica(
+        replica_id=action.replica_id, node=action.node, predictions=_of_start(memory, action, now)
+    )
     last = memory.scales[-1] if memory.scales else None
     open_places = 0 if last is None else last.replicas_to - last.replicas_from - len(last.replicas)
     same_pass = last is not None and last.rule == Rule.REPAIR.value and last.decided_at == now
@@ -356,16 +326,27 @@ def _with_started(memory: ModelMemory, action: StartReplica, policy: ScalePolicy
     return replace(memory, scales=(*memory.scales, record)[-SCALES_MAX:])
 
 
+def _of_start(memory: ModelMemory, action: StartReplica, now: float) -> tuple[Prediction, ...]:
+    """What is predicted of a replica when it is asked for."""
+    share = memory.resolved.first_share if memory.resolved is not None else 1.0
+    priors = {
+        What.FIRST_SEGMENT: START_S + share * action.parameters_s,
+        What.LOAD: START_S + action.parameters_s,
+    }
+    return tuple(
+        predict(memory.estimates, what, action.way, prior_s=prior_s, at=now)
+        for what, prior_s in priors.items()
+    )
+
+
 def _with_transfer(memory: ModelMemory, action: StartTransfer, now: float) -> ModelMemory:
     upstream = action.upstreams[0]
     source = action.node if upstream is None else upstream.peer_id
+    estimate = predict(memory.estimates, What.TRANSFER, action.way, prior_s=action.parameters_s, at=now)
     scales = tuple(
-        replace(
-            record,
-            replicas=tuple(
-                replace(e, source=source) if e.replica_id == action.replica_id else e for e in record.replicas
-            ),
-        )
+        with_replica(record, replace(entry, source=source, predictions=_once(entry.predictions, estimate)))
+        if (entry := record.replica(action.replica_id)) is not None
+        else record
         for record in memory.scales
     )
     live_sources = {t: s for t, s in memory.live_sources.items() if t != action.replica_id}
@@ -373,6 +354,11 @@ def _with_transfer(memory: ModelMemory, action: StartTransfer, now: float) -> Mo
         live_sources[action.replica_id] = action.live_source.peer_id
     feeds = {**memory.feeds, action.replica_id: Feed(upstream=source, at=now)}
     return replace(memory, scales=scales, live_sources=live_sources, feeds=feeds)
+
+
+def _once(known: tuple[Prediction, ...], estimate: Prediction) -> tuple[Prediction, ...]:
+    """A transfer that is given better upstreams is still the one that was predicted."""
+    return known if any(p.what is estimate.what for p in known) else (*known, estimate)
 
 
 def after_error(memory: ModelMemory, action: Action, *, code: str, text: str, now: float) -> ModelMemory:

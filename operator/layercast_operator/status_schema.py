@@ -64,6 +64,24 @@ def _host_copy() -> Schema:
     )
 
 
+def _prediction() -> Schema:
+    return mapping(
+        "One estimate of how long something takes, and what it took.",
+        {
+            "what": text(
+                "What is predicted. first-segment and load: until the first segment and all parameters are there, since"
+                " the replica was asked for. transfer: all of them, since it was said whom they are read from."
+            ),
+            "way": text("The kind of copy that is read: device, host memory, disk or origin."),
+            "since": moment("From when it counts."),
+            "priorSeconds": number("What the rates alone say."),
+            "predictedSeconds": number("The same, corrected by what such things took before."),
+            "actualSeconds": number("What it took; missing while it lasts."),
+        },
+        required=("what", "predictedSeconds"),
+    )
+
+
 def _scale() -> Schema:
     replica = mapping(
         "One replica that the decision brought: its timeline.",
@@ -77,6 +95,9 @@ def _scale() -> Schema:
             "firstTokenAt": moment("When it gave its first token."),
             "completeAt": moment("When all of its parameters were there."),
             "bytesPerSecond": int64("Rate at which they arrived."),
+            "predictions": sequence(
+                "How long it was expected to take, and what it took.", _prediction(), "what"
+            ),
         },
         required=("replicaId",),
     )

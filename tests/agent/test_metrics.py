@@ -49,6 +49,7 @@ def test_an_observation_in_metrics() -> None:
                     prefix_tokens_asked=50,
                     prefix_tokens_hit=32,
                     preemptions=4,
+                    comparisons=[pb.Comparison(what="decode", count=7, predicted_s=0.5, actual_s=0.75)],
                 ),
             )
         ],
@@ -79,6 +80,10 @@ def test_an_observation_in_metrics() -> None:
         ("layercast_agent_replica_prefix_tokens_total", "r", "cpu:1", "hit"): 32,
         ("layercast_agent_replica_prefix_tokens_total", "r", "cpu:1", "computed"): 18,
         ("layercast_agent_replica_preemptions_total", "r", "cpu:1"): 4,
+        ("layercast_agent_replica_predicted_seconds_count", "r", "decode"): 7,
+        ("layercast_agent_replica_predicted_seconds_sum", "r", "decode"): 0.5,
+        ("layercast_agent_replica_actual_seconds_count", "r", "decode"): 7,
+        ("layercast_agent_replica_actual_seconds_sum", "r", "decode"): 0.75,
     }
     assert expected.items() <= samples.items()
     assert ready(status)

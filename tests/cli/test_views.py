@@ -88,6 +88,10 @@ STATUS: dict[str, Any] = {
                 "firstTokenAt": DECIDED + 2.0,
                 "completeAt": DECIDED + 8.0,
                 "bytesPerSecond": 67600000,
+                "predictions": [
+                    {"what": "load", "predictedSeconds": 7.5, "actualSeconds": 8.0},
+                    {"what": "transfer", "predictedSeconds": 7.0, "actualSeconds": None},
+                ],
             },
             {
                 "replicaId": "smollm2-c",
@@ -252,6 +256,7 @@ def test_explain_gives_numbers_and_rule() -> None:
     assert "  Why:  3.4 s of prompts wait for 1 replica; at most 2.0 s are wanted" in lines
     assert "  Rule: queue-seconds" in lines
     assert "first token after 2.00 s, complete after 8.00 s at 0.068 GB/s" in text
+    assert "    Expected: load 7.50 s, took 8.00 s; transfer 7.00 s, under way" in lines
     assert "smollm2-c on node-2 from node-1/cpu:0: assigned after 60 ms." in text
     assert "30 of 30 layers, 4 running, 2 waiting, handed over 0, took over 5, 152 prompt tokens/s" in text
 

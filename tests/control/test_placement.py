@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -9,9 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from layercast_operator.estimators import Correction, What
 from layercast_operator.feeding import holders_of
 from layercast_operator.placement import capacity, choose_preparer, estimate, place_replicas
 from layercast_operator.snapshot import Device, Node, NodeHealth, Snapshot, WorkerState
+from layercast_operator.topology import Holder, HolderKind
 
 NBYTES = 800
 
@@ -102,11 +106,30 @@ def test_equal_nodes_are_filled_evenly(worlds: Any) -> None:
 def test_the_three_ways_of_parameters(seen: Snapshot) -> None:
     holders = holders_of(seen, "d")
     node: Node = seen.nodes[1]
-    assert estimate(node, checkpoint_bytes=800, holders=()) == (800 / 50e6, "from the origin")
-    assert estimate(node, checkpoint_bytes=800, holders=holders) == (2.0, "from node-0")
+
+    def best(node: Node, nbytes: int, holders: Sequence[Holder]) -> tuple[float, str]:
+        arrival = estimate(node, checkpoint_bytes=nbytes, holders=holders)
+        return arrival.seconds, arrival.words
+
+    assert best(node, 800, ()) == (800 / 50e6, "from the origin")
+    assert best(node, 800, holders) == (2.0, "from node-0")
     fast = [replace(holders[0], nic_bytes_per_s=1e9, read_bytes_per_s=2e9)]
     wide = replace(node, egress_bytes_per_s=10**9)
-    assert estimate(wide, checkpoint_bytes=10**9, holders=fast) == (1.0, "from node-0")
+    assert best(wide, 10**9, fast) == (1.0, "from node-0")
+
+
+def test_what_transfers_took_decides_among_ways_of_one_rate(seen: Snapshot) -> None:
+    (disk,) = holders_of(seen, "d")
+    device = replace(disk, kind=HolderKind.DEVICE, node="node-2", peer=seen.nodes[2].peer)
+    slow = {(What.TRANSFER, "disk"): Correction(log_factor=math.log(4.0), samples=9)}
+    alone = estimate(seen.nodes[0], checkpoint_bytes=800, holders=[disk], estimates=slow)
+    assert alone.prior_s == 2.0 and alone.seconds == pytest.approx(8.0)
+    both = estimate(seen.nodes[0], checkpoint_bytes=800, holders=[disk, device], estimates=slow)
+    assert (both.way, both.seconds) == ("device", 2.0)
+    (place,) = place_replicas(
+        seen, count=1, checkpoint_bytes=800, holders=[disk], avoid=(), estimates=slow
+    ).places
+    assert (place.way, place.parameters_s) == ("disk", 2.0) and place.predicted_s == pytest.approx(8.0)
 
 
 def test_capacity_counts_what_could_hold_a_replica(seen: Snapshot) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from layercast_agent.worker.rates import MEASURES_FROM, WINDOW_S, PrefillRate
+from layercast_agent.worker.rates import MEASURES_FROM, WINDOW_S, Compared, Mean, PrefillRate, StepTimes
 from layercast_operator.modelservice import Band
 from layercast_operator.policy import replicas_for
 
@@ -89,3 +89,29 @@ def test_another_speed_is_learned_within_a_few_windows(factor: float, tokens: in
     steps = math.ceil(6 * WINDOW_S / (0.002 * factor * tokens))
     told = after([tokens] * steps, token_s=0.002 * factor, rate=slow).tokens_per_s
     assert told == pytest.approx(500 / factor, rel=0.03)
+
+
+def test_steps_are_compared_with_what_was_expected_before_them() -> None:
+    times = StepTimes(prefill=NEW)
+    for tokens, seconds, decoded in (
+        (CHUNK, 0.5, False),  # the first of each kind: nothing was expected
+        (0, 0.02, True),
+        (64, 0.3, False),
+        (5, 0.2, True),  # too few tokens to be a measure
+        (0, 0.03, True),
+        (0, 9.9, False),  # a stage of somebody's pipeline
+    ):
+        times = times.after(tokens=tokens, seconds=seconds, decoded=decoded)
+    assert times.compared == {
+        "prefill": Compared(count=1, predicted_s=0.25, actual_s=0.3),
+        "decode": Compared(count=1, predicted_s=0.02, actual_s=0.03),
+    }
+    assert times.decode.seconds == pytest.approx(0.025)
+
+
+@given(st.lists(st.floats(0.001, 10.0), min_size=2, max_size=100))
+def test_a_mean_is_within_what_was_seen(seen: list[float]) -> None:
+    mean = Mean()
+    for seconds in seen:
+        mean = mean.after(seconds)
+    assert min(seen) * (1 - 1e-9) <= mean.seconds <= max(seen) * (1 + 1e-9)

@@ -23,7 +23,7 @@ from layercast_agent.engine.engine import Engine, EngineLoad
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import NoCapacityError
 from layercast_agent.worker.pacing import ComputeShare
-from layercast_agent.worker.rates import PrefillRate
+from layercast_agent.worker.rates import Compared, PrefillRate, StepTimes
 
 log = logging.getLogger(__name__)
 
@@ -41,6 +41,8 @@ class LoopView:
     load: EngineLoad
     prefilling: int
     prefill_tokens_per_s: float
+    compared: Mapping[str, Compared]
+    """How long steps were expected to take, and what they took."""
     first_layer_at: float | None
 
 
@@ -69,7 +71,7 @@ class EngineLoop:
         self._stopping = False
         self._attached: set[int] = set()
         self._segments = layers + 2
-        self._rate = PrefillRate(chunk_tokens=engine.limits.step_tokens_max)
+        self._times = StepTimes(prefill=PrefillRate(chunk_tokens=engine.limits.step_tokens_max))
         self._quantum: Sequence | None = None
         self._turns = 0
         self._first_layer_at: float | None = None
@@ -176,7 +178,8 @@ class EngineLoop:
         self._turns += 1
         wall_s = time.monotonic() - started
         pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
-        self._measure(self._engine.prefill_tokens_done - prefix_before, wall_s + pause_s)
+        tokens = self._engine.prefill_tokens_done - prefix_before
+        self._measure(tokens, wall_s + pause_s, decoded=bool(events))
         if events:
             self._on_tokens(events)
         self._publish()
@@ -217,18 +220,19 @@ class EngineLoop:
             return False
         return bool(seq.pages) or self._engine.has_room(seq)
 
-    def _measure(self, tokens: int, seconds: float) -> None:
+    def _measure(self, tokens: int, seconds: float, *, decoded: bool) -> None:
         part = 1.0
         if self._quantum is not None:
             tokens, part = self._quantum.prefix_length, 1 / self._layers
-        self._rate = self._rate.after(tokens=tokens, seconds=seconds, part=part)
+        self._times = self._times.after(tokens=tokens, seconds=seconds, part=part, decoded=decoded)
 
     def _look(self) -> LoopView:
         return LoopView(
             turns=self._turns,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,
-            prefill_tokens_per_s=self._rate.tokens_per_s,
+            prefill_tokens_per_s=self._times.prefill.tokens_per_s,
+            compared=self._times.compared,
             first_layer_at=self._first_layer_at,
         )
 

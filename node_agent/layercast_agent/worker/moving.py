@@ -23,6 +23,7 @@ from layercast_agent.migration import Moved, RoundCosts, Step, by_tokens, next_s
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import LoopView
+from layercast_agent.worker.rates import Compared, Mean
 from layercast_agent.worker.stage_host import STAGE_DEADLINE_S, StageHost
 
 log = logging.getLogger(__name__)
@@ -61,6 +62,8 @@ class Mover:
         self.bytes_per_s = 0.0
         self.moved = 0
         self.last_pause_s = 0.0
+        self.pauses = Compared()
+        self._pause = Mean()
 
     async def move(self, seq: Sequence, to: pb.Peer) -> bool:
         """Whether the request is the other replica's now. It is where it was otherwise, ended, or at its gateway."""
@@ -156,6 +159,8 @@ class Mover:
         self._desk.disown(seq.request_id)
         self.moved += 1
         self.last_pause_s = time.monotonic() - began
+        self.pauses = self.pauses.with_one(predicted_s=self._pause.seconds, actual_s=self.last_pause_s)
+        self._pause = self._pause.after(self.last_pause_s)
         log.info(
             "a request moved",
             extra={"request": seq.request_id, "to": to.peer_id, "pause_s": round(self.last_pause_s, 4)},

@@ -29,10 +29,11 @@ from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import AgentError
 from layercast_agent.layout import Manifest
-from layercast_agent.pipelines import Stage, SwitchCosts, fetch_is_shorter, plan_pipeline
+from layercast_agent.pipelines import Stage, SwitchCosts, fetch_is_shorter, fetch_s, plan_pipeline
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import EngineLoop
 from layercast_agent.worker.handoffs import admit
+from layercast_agent.worker.rates import Compared
 from layercast_agent.worker.stage_host import StageCall, StageHost
 
 log = logging.getLogger(__name__)
@@ -92,6 +93,7 @@ class Pipeline:
         self.served = 0
         self.fetched = 0
         self.recomputed = 0
+        self.resumes = Compared()
 
     async def run(self) -> None:
         """Leads until this replica is complete and its last request has gone over to the engine."""
@@ -227,6 +229,9 @@ class Pipeline:
         else:
             await self._desk.ask(lambda engine: engine.adopt(seq, state, computed))
             self.fetched += 1
+            self.resumes = self.resumes.with_one(
+                predicted_s=fetch_s(costs), actual_s=time.monotonic() - began
+            )
         log.info(
             "a request left its pipeline",
             extra={

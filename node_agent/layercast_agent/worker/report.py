@@ -71,7 +71,22 @@ def _load(replica: Replica) -> agent_pb2.ReplicaLoad:
         prefill_tokens_per_s=view.prefill_tokens_per_s,
         handoffs_given=replica.handoffs_given + replica.cooperation.given,
         handoffs_taken=replica.handoffs_taken + replica.cooperation.taken,
+        comparisons=_comparisons(replica),
     )
+
+
+def _comparisons(replica: Replica) -> list[agent_pb2.Comparison]:
+    found = dict(replica.loop.view.compared)
+    found["pause"] = replica.mover.pauses
+    if replica.pipeline is not None:
+        found["resume"] = replica.pipeline.resumes
+    return [
+        agent_pb2.Comparison(
+            what=what, count=each.count, predicted_s=each.predicted_s, actual_s=each.actual_s
+        )
+        for what, each in found.items()
+        if each.count
+    ]
 
 
 def _timeline(replica: Replica) -> agent_pb2.ReplicaTimeline:

@@ -716,6 +716,7 @@ class ReplicaLoad(_message.Message):
     PREFIX_TOKENS_ASKED_FIELD_NUMBER: _builtins.int
     PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    COMPARISONS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     """Requests that wait for their first execution."""
     requests_running: _builtins.int
@@ -740,6 +741,10 @@ class ReplicaLoad(_message.Message):
     """Those of them whose KV was found in the cache."""
     preemptions: _builtins.int
     """Times that a request lost its KV pages to an earlier one and was computed again."""
+    @_builtins.property
+    def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
+        """How well the replica foresees what it does, one entry a kind."""
+
     def __init__(
         self,
         *,
@@ -755,14 +760,52 @@ class ReplicaLoad(_message.Message):
         prefix_tokens_asked: _builtins.int = ...,
         prefix_tokens_hit: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        comparisons: _abc.Iterable[Global___Comparison] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "preemptions", b"preemptions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_tokens_asked", b"prefix_tokens_asked", "prefix_tokens_hit", b"prefix_tokens_hit", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons", "handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "preemptions", b"preemptions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_tokens_asked", b"prefix_tokens_asked", "prefix_tokens_hit", b"prefix_tokens_hit", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___ReplicaLoad: _TypeAlias = ReplicaLoad  # noqa: Y015
+
+@_typing.final
+class Comparison(_message.Message):
+    """Comparison tells what was expected and what came, since the replica's start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WHAT_FIELD_NUMBER: _builtins.int
+    COUNT_FIELD_NUMBER: _builtins.int
+    PREDICTED_S_FIELD_NUMBER: _builtins.int
+    ACTUAL_S_FIELD_NUMBER: _builtins.int
+    what: _builtins.str
+    """`prefill`: steps with a good part of a chunk. `decode`: steps without prompt
+    tokens. `pause`: the last pause of a request that moves away. `resume`: until
+    a request that left its pipeline has its KV.
+    """
+    count: _builtins.int
+    """Predictions whose outcome is known."""
+    predicted_s: _builtins.float
+    """Sum of what was predicted, in seconds."""
+    actual_s: _builtins.float
+    """Sum of what it took, in seconds."""
+    def __init__(
+        self,
+        *,
+        what: _builtins.str = ...,
+        count: _builtins.int = ...,
+        predicted_s: _builtins.float = ...,
+        actual_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["actual_s", b"actual_s", "count", b"count", "predicted_s", b"predicted_s", "what", b"what"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Comparison: _TypeAlias = Comparison  # noqa: Y015
 
 @_typing.final
 class ReplicaTimeline(_message.Message):
