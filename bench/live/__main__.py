@@ -145,10 +145,12 @@ def play_all(
         print(f"  {policy} ({shape.seconds:.0f} s)", file=sys.stderr, flush=True)
         replicas = fixed.get(policy, 1)
         highest = fixed.get(policy, plan.agents)
-        way = "stop-the-world" if policy in fixed else policy
-        played[policy] = replace(
-            play(setting, book, shape, policy=way, replicas=replicas, highest=highest), policy=policy
+        # What is provisioned once loaded long ago, at whatever speed.
+        own, way = (
+            (replace(setting, disk_bytes_per_s=0), "stop-the-world") if policy in fixed else (setting, policy)
         )
+        run = play(own, book, shape, policy=way, replicas=replicas, highest=highest)
+        played[policy] = replace(run, policy=policy)
     return played
 
 
@@ -270,7 +272,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     add("--disk-slower", type=float, default=10.0, help="disk against link (%(default)s)")
     add("--low", type=float, default=0.5, help="step: before, times one replica's capacity (%(default)s)")
     add("--high", type=float, default=1.8, help="step: after (%(default)s)")
-    add("--low-s", type=float, default=12.0, help="step: seconds before (%(default)s)")
+    add("--low-s", type=float, default=25.0, help="step: seconds before (%(default)s)")
     add("--loads", type=float, default=3.0, help="step: how many loads from disk it outlasts (%(default)s)")
     add("--seconds", type=float, default=100.0, help="other shapes: length of a run (%(default)s)")
     add(
@@ -279,7 +281,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=48, help="of a prompt, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=27, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=8, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

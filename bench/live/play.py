@@ -31,6 +31,7 @@ CALIBRATION_PROMPTS = 12
 CAPACITY_REQUESTS = 32
 CACHING = ("ttl-cache", "host-cache")
 """Policies that need host memory on every node. The others load from a replica's device, over the link."""
+WARM_REQUESTS = 8
 SLOTS = 8
 """Requests at once in the closed loop that finds a replica's capacity."""
 
@@ -79,7 +80,7 @@ class Played:
 
 
 def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> dict[str, Any]:
-    """The ModelService of a run. `replicas` == `highest` is a fixed number."""
+    """The ModelService of a run. `replicas` == `highest` is a fixed number. Decisions wait until the run begins."""
     spec = {
         # fp32: only there is a greedy answer the same for every batch and every split between replicas.
         "model": {"source": f"file://{setting.model_dir}", "revision": "", "dtype": "float32"},
@@ -87,10 +88,10 @@ def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> di
         "scaling": {
             "min": replicas,
             "max": highest,
-            "mode": "Auto",
+            "mode": "Recommend",
             "policy": policy,
             "targets": {
-                "queueSeconds": {"low": 0.4, "high": 0.8},
+                "queueSeconds": {"low": 0.6, "high": 0.8},
                 "kvUtilization": {"low": 0.75, "high": 0.95},
                 "prefillTokensPerSecond": 0,
             },
@@ -172,7 +173,10 @@ async def _play(
             read_status=lambda: running.status(MODEL),
             sent=lambda: traffic.sent,
         )
-        await traffic.few_at_a_time(range(min(4, len(book.texts))), phase="warm", concurrency=1)
+        # First steps are slow: what they say of a replica's speed is no reason to want another one.
+        warm = [turn % len(book.texts) for turn in range(WARM_REQUESTS)]
+        await traffic.few_at_a_time(warm, phase="warm", concurrency=2)
+        running.edit(MODEL, lambda changed: changed["spec"]["scaling"].update(mode="Auto"))
         looking = asyncio.create_task(watch.run())
         started_at = time.time()
         try:

@@ -42,9 +42,6 @@ log = logging.getLogger(__name__)
 
 PR_SET_PDEATHSIG = 1
 
-COMPUTE_NICENESS = 5
-"""How much a worker on shared cores gives way to agents, gateway and operator."""
-
 MAP_DEADLINE_S = 5.0
 """For the agent to hand its host pool out."""
 
@@ -62,9 +59,6 @@ def main() -> None:
     if options.cpu_cores:
         os.sched_setaffinity(0, options.cpu_cores)
     device = torch.device("cpu") if options.device.startswith("cpu") else torch.device(options.device)
-    if options.cpu_share < 1:
-        # Cores are shared: computing must not delay what decides and what forwards.
-        os.nice(COMPUTE_NICENESS)
     torch.set_num_threads(max(1, len(options.cpu_cores)) if options.cpu_share >= 1 else 1)
     asyncio.run(_serve(options, device))
     # Threads of libraries must not keep a worker alive that its agent wants gone.

@@ -8,6 +8,7 @@ layer boundary while the replica is live. Nothing else ever touches the engine.
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections import deque
@@ -28,6 +29,9 @@ from layercast_agent.worker.rates import Compared, PrefillRate, StepTimes
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+COMPUTE_NICENESS = 5
+"""How much computing on shared cores gives way to agents, gateway and operator, and to parameters that arrive here."""
 
 IDLE_WAIT_S = 1.0
 """Longest sleep of an idle thread; every change wakes it, so this only bounds a lost wake-up."""
@@ -151,6 +155,8 @@ class EngineLoop:
         return len(self._attached) == self._segments
 
     def _run(self) -> None:
+        if self._share.share < 1:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), COMPUTE_NICENESS)
         try:
             with torch.inference_mode():
                 while not self._stopping:
