@@ -14,8 +14,10 @@ from layercast_operator.actions import Action, StartTransfer
 from layercast_operator.leading import (
     MEMBERS_WAIT_S,
     awaited,
+    fed_late,
     has_leader,
     leader_of,
+    leading,
     members_of,
     order_of,
     successor,
@@ -132,8 +134,9 @@ def feed(
         if r.arriving and r.replica_id not in hungry
         if (target := _target(r, snapshot)) is not None
     ]
+    holders = holders_of(snapshot, resolved.digest)
     plan = plan_multicast(
-        holders=holders_of(snapshot, resolved.digest),
+        holders=holders,
         targets=[t for i in hungry if (t := _target(by_id[i], snapshot)) is not None],
         running=running,
         checkpoint_bytes=resolved.nbytes,
@@ -149,6 +152,8 @@ def feed(
         memory=memory,
         by_id=by_id,
         leader=leader_of(plan.hops) if leaderless else "",
+        joined=leading(replicas) if policy is ScalePolicy.LIVE and not sources else None,
+        holders=holders,
         at=snapshot.at,
     )
     unfed = f"nobody can feed {', '.join(plan.unfed)}" if plan.unfed else ""
@@ -165,26 +170,34 @@ def _actions(
     memory: ModelMemory,
     by_id: Mapping[str, Replica],
     leader: str,
+    joined: Replica | None,
+    holders: Sequence[Holder],
     at: float,
 ) -> list[Action]:
-    """One transfer a hop: with whom it shares a queue, or leads, and what it loads first."""
+    """One transfer a hop: with whom it shares a queue, leads, or joins who leads, and what it loads first."""
     shared = {t: s for t, s in memory.live_sources.items() if t in by_id and by_id[t].arriving}
     actions: list[Action] = []
     for hop in hops:
-        source = _choose_live_source(hop, sources, shared)
+        joins = joined is not None and joined.replica_id != hop.target
+        source = joined if joins else _choose_live_source(hop, sources, shared)
         if source is not None:
             shared[hop.target] = source.replica_id
         elif hungry[hop.target] == ALONE:
             continue
-        if policy is ScalePolicy.LIVE and not sources:
+        upstreams = (hop.upstream, *hop.alternatives)
+        if joins:
+            upstreams, order = fed_late(hop, by_id[hop.target], resolved, list(by_id.values()), holders)
+        elif policy is ScalePolicy.LIVE and not sources:
             order = order_of(hop, resolved)
         else:
             order = segment_order(resolved.layers, live=source is not None)
         lead = members_of(leader, list(by_id.values())) if hop.target == leader else None
-        why = f"{hungry[hop.target]}; {hop.why}; {hop.live_reason}"
+        reason = (
+            f"joins the pipeline of {joined.replica_id}" if joined is not None and joins else hop.live_reason
+        )
+        why = f"{hungry[hop.target]}; {hop.why}; {reason}"
         if lead is not None:
             why += f", so it leads a pipeline of {len(lead) + 1}"
-        upstreams = (hop.upstream, *hop.alternatives)
         sent = _transfer(by_id[hop.target], upstreams, source, order, at=at, why=why, lead=lead)
         actions.append(replace(sent, way=hop.kind.value, parameters_s=hop.predicted_s))
     return actions

@@ -31,6 +31,29 @@ def orders(segment_bytes: Sequence[int], ways: int) -> list[tuple[int, ...]]:
     return result
 
 
+def late_order(segment_bytes: Sequence[int], ways: int) -> tuple[int, ...]:
+    """All segments in the order of one more target, that comes when `ways` load in `orders` already.
+
+    It goes towards them: the last layer of each part, then those before, so that it has what the others would have
+    last. At a fraction f of the first load the model is then there after (1 + f)/2 of it where one loaded alone.
+    See `complements` for when that is worth it.
+    """
+    parts = split(segment_bytes, ways)
+    longest = max(len(part) for part in parts)
+    layers = [part[-1 - back] for back in range(longest) for part in parts if back < len(part)]
+    return (*layers, 0, len(segment_bytes) - 1)
+
+
+def complements(fraction: float, ways: int) -> bool:
+    """Whether who comes at this fraction of the others' load rather complements them than loads in order.
+
+    `ways` cover the model after 1/ways of their load; with one more, each has its part of what is missing by then:
+    first tokens come (1/ways - f)/(ways + 1) of a load earlier. The price is paid when the leader is complete: for f
+    of a load the late one still loads, and as a live target it executes from the first layer on, which it has last.
+    """
+    return (1 / ways - fraction) / (ways + 1) > fraction
+
+
 def split(segment_bytes: Sequence[int], ways: int) -> list[range]:
     """Runs of layer segments for each target, in order; the largest part is as small as possible.
 

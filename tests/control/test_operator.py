@@ -168,7 +168,7 @@ async def test_a_service_from_its_file_to_live_growth_and_back(
     (first,) = cluster.all_of(pb.StartTransferRequest)
     source = first.replica_id
     assert cluster.gateway.routes("m") in ({}, {source: "LOADING"})
-    assert first.upstreams[0].local_disk and list(first.segment_order) == [0, 1, 2, 3]
+    assert first.upstreams[0].local_disk and list(first.segment_order) == [0, 3, 1, 2]
     await serving(cluster, eventually, 1)
     await eventually(lambda: cluster.gateway.routes("m") == {source: "SERVING"})
     route = cluster.gateway.tables[-1].models[0]

@@ -44,7 +44,7 @@ def test_the_first_replica_is_prepared_started_and_fed_from_its_own_disk(worlds:
     assert (start.manifest_peer, start.context_length_max, start.batch_size_max) == (None, 2048, 16)
     assert start.replica_id == "m-000000" and transfer.transfer_id == "m-000000-t"
     assert transfer.upstreams == (None,) and transfer.live_source is None
-    assert transfer.segment_order == (0, 1, 2, 3, 4)
+    assert transfer.segment_order == (0, 4, 1, 2, 3)
     assert transfer.lead == (), "it executes what it has while the rest arrives"
     assert all(action.why for action in log)
     assert [r.state for r in p.world.replicas()] == [SERVING]

@@ -103,3 +103,39 @@ async def test_a_member_that_dies_costs_no_token(
     await gateway.all_done()
     for index, prompt in enumerate(PROMPTS):
         assert gateway.answers[f"r{index}"].tokens == reference(prompt, TOKENS)
+
+
+async def test_who_comes_late_is_admitted_and_brings_the_first_token_forward(
+    packed: Packed, start_worker: StartWorker, gateway: GatewayClient, reference: Reference
+) -> None:
+    """One leads alone, which gives no token before it is complete; a second asks it as it would ask a live source."""
+    holders = [await start_worker(name, egress_bytes_per_s=LINK_BYTES_PER_S) for name in ("one", "other")]
+    for holder in holders:
+        await holder.assign(packed)
+        await holder.feed(packed)
+        await holder.until(complete)
+    leader, late = [await start_worker(name) for name in ("leader", "late")]
+    for target in (leader, late):
+        await target.assign(packed)
+    peer, segments = await leader.peer(), len(packed.manifest.segments)
+    in_order, towards = list(range(segments)), [*range(segments - 2, 0, -1), 0, segments - 1]
+    in_order = [0, segments - 1, *in_order[1:-1]]
+    await leader.feed(packed, upstreams=[await holders[0].peer()], order=in_order, lead=[])
+    await gateway.connect(peer.address)
+    answers = [
+        await gateway.submit(peer.address, gateway.request(f"r{index}", prompt, max_tokens=TOKENS))
+        for index, prompt in enumerate(PROMPTS)
+    ]
+    await late.feed(packed, upstreams=[await holders[1].peer()], order=towards, live_source=peer)
+    async with asyncio.timeout(60):
+        while not answers[0].tokens:
+            answers[0].changed.clear()
+            await answers[0].changed.wait()
+    for target in (leader, late):
+        assert not complete(await target.status()), "there was a complete replica at the first token"
+    await gateway.all_done()
+    await leader.until(complete)
+    await late.until(complete)
+    for index, prompt in enumerate(PROMPTS):
+        assert gateway.answers[f"r{index}"].finished
+        assert gateway.answers[f"r{index}"].tokens == reference(prompt, TOKENS)

@@ -54,10 +54,12 @@ class PeerServicer(peer_pb2_grpc.PeerServiceServicer):
         replica = self._replica()
         if replica is None or replica.spec.digest != request.digest:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "another checkpoint is served here")
-        elif replica.state != agent_pb2.REPLICA_STATE_SERVING:
-            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this replica is not serving")
-        else:
+        elif replica.state == agent_pb2.REPLICA_STATE_SERVING:
             replica.cooperation.add_target(request.target)
+        elif replica.state == agent_pb2.REPLICA_STATE_LEADING and replica.pipeline is not None:
+            replica.pipeline.admit(request.target)
+        else:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, "this replica is not serving")
         return pb.StartCooperationResponse()
 
     async def OfferHandoffs(

@@ -89,6 +89,8 @@ class Pipeline:
         self._names = count()
         self._wake = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
+        self._watches: list[asyncio.Task[None]] = []
+        self._running = False
         self._generating: set[str] = set()
         self.served = 0
         self.fetched = 0
@@ -97,7 +99,8 @@ class Pipeline:
 
     async def run(self) -> None:
         """Leads until this replica is complete and its last request has gone over to the engine."""
-        watches = [asyncio.create_task(self._watch(peer)) for peer in self._members()]
+        self._watches += [asyncio.create_task(self._watch(peer)) for peer in self._members()]
+        self._running = True
         try:
             while not (self._loop.complete and not self._generating):
                 self._look_here()
@@ -108,9 +111,19 @@ class Pipeline:
             # What is left are the ends of sessions at members: without them their pages would wait for a timeout.
             await asyncio.gather(*self._tasks, return_exceptions=True)
         finally:
-            for task in (*watches, *self._tasks):
+            self._running = False
+            for task in (*self._watches, *self._tasks):
                 task.cancel()
-            await asyncio.gather(*watches, *self._tasks, return_exceptions=True)
+            await asyncio.gather(*self._watches, *self._tasks, return_exceptions=True)
+
+    def admit(self, peer: pb.Peer) -> None:
+        """One more member, for the requests that are taken from now on. Idempotent by name."""
+        if not self._running or peer.peer_id in self._peers:
+            return
+        self._peers[peer.peer_id] = peer
+        self._resident[peer.peer_id] = set()
+        self._watches.append(asyncio.create_task(self._watch(peer)))
+        log.info("a pipeline has a new member", extra={"peer": peer.peer_id, "members": len(self._peers) - 1})
 
     def wake(self) -> None:
         """Something changed here: a segment or a request arrived."""

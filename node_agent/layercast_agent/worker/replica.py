@@ -153,12 +153,10 @@ class Replica:
 
     def _begin_early(self, request: agent_pb2.StartTransferRequest) -> None:
         """Executes what it has, as a target or as a leader, when it is asked to and only loads until now."""
-        if self.state != agent_pb2.REPLICA_STATE_LOADING:
-            return
-        if request.HasField("live_source"):
+        if self.state == agent_pb2.REPLICA_STATE_LOADING and request.HasField("live_source"):
             self.state = agent_pb2.REPLICA_STATE_LIVE
             self._spawn(self._stay_live(request.live_source))
-        elif request.HasField("lead"):  # whoever led before may be gone
+        elif self.state in wire.STATES_BEFORE_LEADING and request.HasField("lead"):  # who led may be gone
             self.state = agent_pb2.REPLICA_STATE_LEADING
             self.pipeline = self._lead(request.lead)
             self._spawn(self.pipeline.run())

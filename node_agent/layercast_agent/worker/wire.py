@@ -152,3 +152,6 @@ STATES_ARRIVING = frozenset(
     {agent_pb2.REPLICA_STATE_LOADING, agent_pb2.REPLICA_STATE_LIVE, agent_pb2.REPLICA_STATE_LEADING}
 )
 """Parameters are on their way."""
+
+STATES_BEFORE_LEADING = STATES_ARRIVING - {agent_pb2.REPLICA_STATE_LEADING}
+"""From these it can begin to lead."""

@@ -1105,7 +1105,8 @@ class StartTransferRequest(_message.Message):
     def live_source(self) -> _peer_pb2.Peer:
         """Execute resident layers for this worker's queue while loading; absent means
         that nothing is executed before all is there. With a higher generation a
-        replica that loads goes live.
+        replica that loads goes live. The worker may lead a pipeline instead of
+        serving: then this replica becomes a member of it.
         """
 
     @_builtins.property

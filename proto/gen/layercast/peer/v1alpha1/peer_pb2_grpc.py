@@ -148,7 +148,9 @@ class PeerServiceServicer(object):
         offers waiting requests to the target, and takes partly executed ones back
         whenever it is idle. Idempotent by target replica id; a repeat refreshes it.
         It ends when the target says `complete` and its queue is empty, or when a
-        call to the target fails; then nothing needs to be undone.
+        call to the target fails; then nothing needs to be undone. A worker that
+        leads a pipeline admits the target to it instead, for requests that it takes
+        from then on, and cooperates when a repeat finds it complete.
 
         | condition                  | code                | the caller then          |
         |----------------------------|---------------------|--------------------------|

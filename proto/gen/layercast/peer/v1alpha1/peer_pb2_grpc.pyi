@@ -75,7 +75,9 @@ class PeerServiceStub:
     offers waiting requests to the target, and takes partly executed ones back
     whenever it is idle. Idempotent by target replica id; a repeat refreshes it.
     It ends when the target says `complete` and its queue is empty, or when a
-    call to the target fails; then nothing needs to be undone.
+    call to the target fails; then nothing needs to be undone. A worker that
+    leads a pipeline admits the target to it instead, for requests that it takes
+    from then on, and cooperates when a repeat finds it complete.
 
     | condition                  | code                | the caller then          |
     |----------------------------|---------------------|--------------------------|
@@ -185,7 +187,9 @@ class PeerServiceAsyncStub(PeerServiceStub):
     offers waiting requests to the target, and takes partly executed ones back
     whenever it is idle. Idempotent by target replica id; a repeat refreshes it.
     It ends when the target says `complete` and its queue is empty, or when a
-    call to the target fails; then nothing needs to be undone.
+    call to the target fails; then nothing needs to be undone. A worker that
+    leads a pipeline admits the target to it instead, for requests that it takes
+    from then on, and cooperates when a repeat finds it complete.
 
     | condition                  | code                | the caller then          |
     |----------------------------|---------------------|--------------------------|
@@ -316,7 +320,9 @@ class PeerServiceServicer(metaclass=_abc_1.ABCMeta):
         offers waiting requests to the target, and takes partly executed ones back
         whenever it is idle. Idempotent by target replica id; a repeat refreshes it.
         It ends when the target says `complete` and its queue is empty, or when a
-        call to the target fails; then nothing needs to be undone.
+        call to the target fails; then nothing needs to be undone. A worker that
+        leads a pipeline admits the target to it instead, for requests that it takes
+        from then on, and cooperates when a repeat finds it complete.
 
         | condition                  | code                | the caller then          |
         |----------------------------|---------------------|--------------------------|
