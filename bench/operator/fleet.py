@@ -149,6 +149,15 @@ class FleetNode(agent_pb2_grpc.AgentServiceServicer):
         """There is none."""
         return pb.DropHostCopyResponse()
 
+    async def SetReplicaRole(  # noqa: N802, RUF100
+        self, request: Any, context: Any
+    ) -> pb.SetReplicaRoleResponse:
+        """It has the role."""
+        self._answer = None
+        if request.replica_id in self.replicas:
+            self.replicas[request.replica_id].role = request.role
+        return pb.SetReplicaRoleResponse()
+
     async def DrainReplica(self, request: Any, context: Any) -> pb.DrainReplicaResponse:  # noqa: N802, RUF100
         """It is drained."""
         self._answer = None

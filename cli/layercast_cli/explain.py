@@ -141,9 +141,13 @@ def host_copy(copy: HostCopy) -> str:
 def _replica(replica: ReplicaStatus) -> str:
     layers = f"{replica.layers_resident} of {replica.layers_total} layers"
     work = f"{replica.requests_running} running, {replica.requests_waiting} waiting"
-    parts = [f"{replica.replica_id} on {replica.node} {replica.device}: {replica.state}", layers, work]
+    role = f", {replica.role.lower()} only" if replica.role in ("Prefill", "Decode") else ""
+    state = f"{replica.state}{role}"
+    parts = [f"{replica.replica_id} on {replica.node} {replica.device}: {state}", layers, work]
     if replica.handoffs_given or replica.handoffs_taken:
         parts.append(f"handed over {replica.handoffs_given}, took over {replica.handoffs_taken}")
+    if replica.requests_moved:
+        parts.append(f"{replica.requests_moved} moved on with their KV")
     if replica.prefill_tokens_per_s:
         parts.append(f"{replica.prefill_tokens_per_s:.0f} prompt tokens/s")
     if replica.engine:

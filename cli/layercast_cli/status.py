@@ -45,6 +45,9 @@ class ReplicaStatus:
     handoffs_taken: int
     engine: str
     error: str
+    role: str = ""
+    """Prefill, Decode or Both; empty where the operator does not tell."""
+    requests_moved: int = 0
 
     @property
     def complete(self) -> bool:
@@ -262,6 +265,8 @@ def _replica(raw: Mapping[str, Any]) -> ReplicaStatus:
         handoffs_taken=_int(raw, "handoffsTaken"),
         engine=str(raw.get("engine") or ""),
         error=str(raw.get("error") or ""),
+        role=str(raw.get("role") or ""),
+        requests_moved=_int(raw, "requestsMoved"),
     )
 
 

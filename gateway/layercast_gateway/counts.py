@@ -34,7 +34,10 @@ def demands(
 
 
 def occupations(states: Iterable[RequestState], serving: Collection[str]) -> dict[str, Occupation]:
-    """What counts against whom: a request counts where it was given to, or at the serving replica that took it."""
+    """What counts against whom: a request counts where it was given to, or at the serving replica that took it.
+
+    One that is on its way to where it decodes is in flight there too.
+    """
     unstarted: Counter[str] = Counter()
     in_flight: Counter[str] = Counter()
     dispatched = Phase.DISPATCHED
@@ -44,4 +47,6 @@ def occupations(states: Iterable[RequestState], serving: Collection[str]) -> dic
             if at is not None:
                 in_flight[at] += 1
                 unstarted[at] += not state.started
+            if state.decode_at is not None and state.decode_at[1] != at:
+                in_flight[state.decode_at[1]] += 1
     return {a: Occupation(unstarted=unstarted[a], in_flight=in_flight[a]) for a in in_flight}

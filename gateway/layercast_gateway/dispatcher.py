@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
-from google.protobuf.timestamp_pb2 import Timestamp
 from layercast.engine.v1alpha1 import engine_pb2
 
 from layercast_gateway import replay
@@ -30,6 +29,7 @@ from layercast_gateway.replicas import Occupation, Replicas
 from layercast_gateway.router import Availability, availability, choose, gives_up_at
 from layercast_gateway.routes import EndpointState, ModelRoute, RouteTable
 from layercast_gateway.settings import Settings
+from layercast_gateway.submission import request_of
 from layercast_gateway.tls import Tls
 
 log = logging.getLogger(__name__)
@@ -295,10 +295,17 @@ class Dispatcher:
                 log.debug("request dispatched", extra=fields)
             accept_by = now + self._settings.accept_timeout_s
             self._look_again_at(accept_by)
-            address = choice.candidate.address
-            self._carry_out(tracked, replay.dispatch(tracked.state, address=address, accept_by=accept_by))
+            address, decode = choice.candidate.address, choice.decode
+            onward = None if decode is None else (decode.replica_id, decode.address)
+            instructions = replay.dispatch(
+                tracked.state, address=address, accept_by=accept_by, decode_at=onward
+            )
+            self._carry_out(tracked, instructions)
             before = occupied.get(address, Occupation())
             occupied[address] = Occupation(before.unstarted + 1, before.in_flight + 1)
+            if decode is not None:
+                before = occupied.get(decode.address, Occupation())
+                occupied[decode.address] = Occupation(before.unstarted, before.in_flight + 1)
 
     # --- instructions -------------------------------------------------------------------------------------------
 
@@ -330,18 +337,7 @@ class Dispatcher:
         if state.attempt > 1:
             self._metrics.replays.labels(work.model).inc()
             self._cancel(work.request_id, address, state.attempt - 1)
-        arrived_at = Timestamp()
-        arrived_at.FromNanoseconds(int(work.arrived_at * 1e9))
-        request = engine_pb2.Request(
-            request_id=work.request_id,
-            gateway_id=self._gateway_id,
-            attempt=state.attempt,
-            model=work.model,
-            prompt_token_ids=work.prompt,
-            generated_token_ids=state.tokens,
-            sampling=work.sampling,
-            arrived_at=arrived_at,
-        )
+        request = request_of(state, gateway_id=self._gateway_id)
         sent = self.replicas.send(
             address, engine_pb2.GenerateRequest(submit=engine_pb2.Submit(request=request))
         )

@@ -132,6 +132,8 @@ class RequestState:
     """A worker announced ownership in the current attempt."""
     given_to: str | None = None
     """Where the current attempt was submitted."""
+    decode_at: tuple[str, str] | None = None
+    """Replica id and address of whoever goes on with the current attempt after its prompt."""
     confirmed: bool = False
     """`given_to` said that it received the current attempt."""
     watch_s: float | None = None
@@ -152,7 +154,9 @@ class RequestState:
         self.tokens_max = self.work.sampling.max_tokens
 
 
-def dispatch(state: RequestState, *, address: str, accept_by: float) -> list[Instruction]:
+def dispatch(
+    state: RequestState, *, address: str, accept_by: float, decode_at: tuple[str, str] | None = None
+) -> list[Instruction]:
     """A queued request goes to a replica, which has until `accept_by` (monotonic) to announce that it owns it."""
     assert state.phase is Phase.QUEUED, "only a queued request is dispatched"
     state.phase = Phase.DISPATCHED
@@ -160,6 +164,7 @@ def dispatch(state: RequestState, *, address: str, accept_by: float) -> list[Ins
     state.started = state.accepted = state.confirmed = False
     state.watch_s = None
     state.given_to = state.owner = address
+    state.decode_at = decode_at
     state.holders = {address}
     state.suspect_at = accept_by
     return [Submit(address)]
@@ -323,6 +328,6 @@ def _leave(state: RequestState, phase: Phase, *, silent: str | None = None) -> l
     cancels = [CancelAt(holder, state.attempt) for holder in sorted(state.holders - {silent})]
     state.phase = phase
     state.holders = set()
-    state.given_to = state.owner = None
+    state.given_to = state.owner = state.decode_at = None
     state.suspect_at = None
     return cancels

@@ -87,6 +87,7 @@ class Replicas:
                     replica_id=endpoint.replica_id,
                     address=endpoint.address,
                     state=endpoint.state,
+                    role=endpoint.role,
                     connected=worker.stream.connected,
                     unstarted=occupation.unstarted,
                     in_flight=occupation.in_flight,

@@ -3,15 +3,18 @@
 The queue stays in the gateway: a serving replica is given at most `window` requests that have no first token yet,
 so that a new replica relieves the others by itself. While replicas load live they take requests over from the
 serving ones, which may therefore hold as much more as those targets would: window x (1 + live / serving).
+
+With prefill/decode disaggregation a request is given to a replica that computes prompts, and one is named where it
+goes on. Roles are a wish: without a replica of one role those of the other take whole requests.
 Pure: everything that matters is in the arguments, and the answer says why.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from layercast_gateway.routes import EndpointState
+from layercast_gateway.routes import EndpointRole, EndpointState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,6 +34,7 @@ class Candidate:
     """It was lost: others are preferred until then."""
     hold_until: float = 0.0
     """It gave a request back: it is given nothing until then."""
+    role: EndpointRole = EndpointRole.BOTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +47,8 @@ class Choice:
     candidate: Candidate | None
     reason: str
     retry_at: float | None = None
+    decode: Candidate | None = None
+    """Where it goes on after its prompt; None: it stays."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,16 +72,37 @@ def availability(candidates: Iterable[Candidate]) -> Availability:
 
 def window_of(candidates: Iterable[Candidate], *, window: int) -> int:
     """Requests without a first token that each serving replica may have: window x (1 + live / serving)."""
-    states = [candidate.state for candidate in candidates]
+    states = [c.state for c in candidates if c.role is not EndpointRole.DECODE]
     serving = states.count(EndpointState.SERVING)
     live = states.count(EndpointState.LIVE)
     return window * (serving + live) // serving if serving else 0
 
 
 def choose(candidates: Sequence[Candidate], *, window: int, now: float) -> Choice:
-    """The replica that is given the next request.
+    """The replica that is given the next request, and the one where it decodes when that is another's part.
 
-    Of the serving ones that have room: the one with the fewest requests without a token, then with the fewest
+    Those that decode are given new requests only when no other replica serves.
+    """
+    serving = [c for c in candidates if c.state is EndpointState.SERVING and c.connected]
+    if not any(c.role is not EndpointRole.DECODE for c in serving):
+        return _choose([replace(c, role=EndpointRole.BOTH) for c in candidates], window=window, now=now)
+    choice = _choose([c for c in candidates if c.role is not EndpointRole.DECODE], window=window, now=now)
+    if choice.candidate is None or choice.candidate.role is not EndpointRole.PREFILL:
+        return choice
+    decode = _choose_decode(serving, now=now)
+    if decode is None:
+        return replace(choice, reason=f"{choice.reason}; nobody else decodes")
+    return replace(choice, decode=decode, reason=f"{choice.reason}; decodes at {decode.replica_id}")
+
+
+def _choose_decode(serving: Iterable[Candidate], *, now: float) -> Candidate | None:
+    """The one with the fewest requests; none that was lost or gave a request back a moment ago."""
+    able = [c for c in serving if c.role is EndpointRole.DECODE and max(c.avoid_until, c.hold_until) <= now]
+    return min(able, key=lambda c: (c.in_flight, c.replica_id), default=None)
+
+
+def _choose(candidates: Sequence[Candidate], *, window: int, now: float) -> Choice:
+    """Of the serving ones that have room: the one with the fewest requests without a token, then with the fewest
     requests, then with the lowest id, so that equal inputs give equal answers. One that was lost a moment ago is
     used only when no other replica serves; one that just gave a request back is not used at all.
     """

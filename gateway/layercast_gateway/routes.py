@@ -18,6 +18,19 @@ class EndpointState(Enum):
     LIVE = "live"
 
 
+class EndpointRole(Enum):
+    """For which part of a request a replica is there; the meanings are route.proto's."""
+
+    BOTH = "both"
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+_ROLES = {
+    route_pb2.ENDPOINT_ROLE_PREFILL: EndpointRole.PREFILL,
+    route_pb2.ENDPOINT_ROLE_DECODE: EndpointRole.DECODE,
+}
+
 _STATES = {
     route_pb2.ENDPOINT_STATE_LOADING: EndpointState.LOADING,
     route_pb2.ENDPOINT_STATE_SERVING: EndpointState.SERVING,
@@ -34,6 +47,7 @@ class Endpoint:
     address: str
     """host:port of its EngineService."""
     state: EndpointState
+    role: EndpointRole = EndpointRole.BOTH
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,7 +77,14 @@ def table_of(response: route_pb2.WatchRoutesResponse) -> dict[str, ModelRoute]:
             digest=route.digest,
             context_length_max=route.context_length_max,
             endpoints=tuple(
-                Endpoint(replica_id=e.replica_id, address=e.address, state=_STATES[e.state])
+                Endpoint(
+                    replica_id=e.replica_id,
+                    address=e.address,
+                    state=_STATES[e.state],
+                    role=_ROLES.get(
+                        e.role, EndpointRole.BOTH
+                    ),  # one of a newer operator can do everything too
+                )
                 for e in route.endpoints
                 if e.state in _STATES and e.address
             ),

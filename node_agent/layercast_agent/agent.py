@@ -11,6 +11,7 @@ hangs up: the caller's next try then finds it done.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import uuid
 from collections.abc import Collection, Coroutine, Iterator, Mapping
@@ -23,6 +24,7 @@ from layercast.agent.v1alpha1 import agent_pb2 as pb
 from layercast.peer.v1alpha1 import peer_pb2
 from layercast.worker.v1alpha1 import worker_pb2
 
+from layercast_agent.assignment import Assignment, blank_replica, same_request
 from layercast_agent.checkpoints import Checkpoints
 from layercast_agent.errors import PeerError
 from layercast_agent.health import DEFAULT_LIMITS, WorkerLimits
@@ -58,16 +60,6 @@ class CommandDeadlines:
 DEFAULT_DEADLINES = CommandDeadlines()
 
 
-@dataclass(slots=True, kw_only=True)
-class _Assignment:
-    """A device that is taken: from the moment of choosing it until it is free again."""
-
-    request: pb.StartReplicaRequest
-    worker: Worker
-    begun: asyncio.Task[None]
-    assigned: bool = False
-
-
 class Agent:
     """Commands and status of one node. Used on the asyncio thread only."""
 
@@ -98,7 +90,7 @@ class Agent:
         self._settings = settings
         self._deadlines = deadlines
         self._tls = tls
-        self._assignments: dict[str, _Assignment] = {}
+        self._assignments: dict[str, Assignment] = {}
         self._failed: dict[str, pb.Replica] = {}
         self._commands: set[asyncio.Task[None]] = set()
 
@@ -134,7 +126,7 @@ class Agent:
         known = self._assignments.get(request.replica_id)
         if known is None:
             known = self._take_device(request)
-        elif not _same(known, request):
+        elif not same_request(known, request):
             raise CommandError(
                 grpc.StatusCode.ALREADY_EXISTS,
                 f"replica {request.replica_id} exists on {known.worker.slot.device_id} with other arguments",
@@ -146,16 +138,17 @@ class Agent:
         """AgentService.StartTransfer. CommandError with a code of its table."""
         if not request.upstreams:
             raise CommandError(grpc.StatusCode.INVALID_ARGUMENT, "upstreams is empty")
-        assignment = await self._settled(request.replica_id)
-        if assignment is None:
-            failed = self._failed.get(request.replica_id)
-            why = f"failed: {failed.error}" if failed is not None else "is not on this node"
-            raise CommandError(grpc.StatusCode.NOT_FOUND, f"replica {request.replica_id} {why}")
+        assignment = await self._found(request.replica_id)
         begin = self._with_local_disk(request, assignment.request.digest)
-        try:
+        with _lost_is_not_found():
             await assignment.worker.begin_transfer(begin, deadline_s=self._deadlines.command_s)
-        except WorkerLostError as error:
-            raise CommandError(grpc.StatusCode.NOT_FOUND, str(error)) from error
+
+    async def set_replica_role(self, request: pb.SetReplicaRoleRequest) -> None:
+        """AgentService.SetReplicaRole. CommandError with a code of its table."""
+        assignment = await self._found(request.replica_id)
+        with _lost_is_not_found():
+            role = worker_pb2.SetRoleRequest(role=request)
+            await assignment.worker.set_role(role, deadline_s=self._deadlines.command_s)
 
     async def drain_replica(self, request: pb.DrainReplicaRequest) -> None:
         """AgentService.DrainReplica; unknown and failed replicas have nothing to drain."""
@@ -181,12 +174,12 @@ class Agent:
             if assignment.worker.slot.device_id == device_id and assignment.assigned:
                 del self._assignments[replica_id]
                 told = replica if replica is not None and replica.replica_id == replica_id else None
-                failed = failed_replica(told or _blank(assignment), reason)
+                failed = failed_replica(told or blank_replica(assignment), reason)
                 failed.device_id = device_id
                 self._remember_failed(failed)
                 log.warning("a replica failed", extra={"replica": replica_id, "reason": reason})
 
-    def _take_device(self, request: pb.StartReplicaRequest) -> _Assignment:
+    def _take_device(self, request: pb.StartReplicaRequest) -> Assignment:
         if self.leaving:
             raise CommandError(grpc.StatusCode.RESOURCE_EXHAUSTED, "no idle worker: this agent is ending")
         taken = {assignment.worker.slot.device_id for assignment in self._assignments.values()}
@@ -202,7 +195,7 @@ class Agent:
         begun = asyncio.create_task(self._assign(request, idle[0]))
         begun.add_done_callback(_look_at_result)
         self._failed.pop(request.replica_id, None)
-        self._assignments[request.replica_id] = _Assignment(request=request, worker=idle[0], begun=begun)
+        self._assignments[request.replica_id] = Assignment(request=request, worker=idle[0], begun=begun)
         return self._assignments[request.replica_id]
 
     def _why_none_idle(self, device_id: str) -> str:
@@ -274,7 +267,16 @@ class Agent:
         self._failed.pop(replica_id, None)  # the worker may have died of it
         log.info("a replica was stopped", extra={"replica": replica_id, "device": worker.slot.device_id})
 
-    async def _settled(self, replica_id: str) -> _Assignment | None:
+    async def _found(self, replica_id: str) -> Assignment:
+        """As `_settled`; CommandError NOT_FOUND when there is none."""
+        assignment = await self._settled(replica_id)
+        if assignment is None:
+            failed = self._failed.get(replica_id)
+            why = f"failed: {failed.error}" if failed is not None else "is not on this node"
+            raise CommandError(grpc.StatusCode.NOT_FOUND, f"replica {replica_id} {why}")
+        return assignment
+
+    async def _settled(self, replica_id: str) -> Assignment | None:
         """The assignment, once it has succeeded; None when there is none or it failed."""
         assignment = self._assignments.get(replica_id)
         if assignment is not None and not assignment.begun.done():
@@ -333,7 +335,9 @@ class Agent:
                 continue
             worker = assignment.worker
             told = worker.replica
-            replica = told if told is not None and told.replica_id == replica_id else _blank(assignment)
+            replica = (
+                told if told is not None and told.replica_id == replica_id else blank_replica(assignment)
+            )
             if worker.state == pb.WORKER_STATE_DEAD:
                 replica = failed_replica(replica, worker.error)
             shown = pb.Replica()
@@ -369,29 +373,13 @@ def _with_memory(checkpoint: pb.Checkpoint, in_memory: Collection[str]) -> pb.Ch
     return shown
 
 
-def _blank(assignment: _Assignment) -> pb.Replica:
-    """An assigned replica of which its worker has not told anything yet."""
-    return pb.Replica(
-        replica_id=assignment.request.replica_id,
-        model=assignment.request.model,
-        digest=assignment.request.digest,
-        device_id=assignment.worker.slot.device_id,
-        state=pb.REPLICA_STATE_LOADING,
-    )
-
-
-def _same(known: _Assignment, request: pb.StartReplicaRequest) -> bool:
-    """Whether a repeat asks for what is there. `manifest_peer` is only where to ask, so it may differ."""
-    first = known.request
-    return (
-        first.model == request.model
-        and first.digest == request.digest
-        and first.context_length_max == request.context_length_max
-        and first.batch_size_max == request.batch_size_max
-        and first.engine == request.engine
-        and first.prefix_caching_off == request.prefix_caching_off
-        and request.device_id in ("", known.worker.slot.device_id)
-    )
+@contextlib.contextmanager
+def _lost_is_not_found() -> Iterator[None]:
+    """Of a worker that died the operator should look again."""
+    try:
+        yield
+    except WorkerLostError as error:
+        raise CommandError(grpc.StatusCode.NOT_FOUND, str(error)) from error
 
 
 def _look_at_result(task: asyncio.Task[None]) -> None:

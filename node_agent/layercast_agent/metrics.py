@@ -183,6 +183,14 @@ def _memory(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
     preempted = CounterMetricFamily(
         "layercast_agent_replica_preemptions", "Requests that lost their KV pages for a time.", labels=labels
     )
+    moved = CounterMetricFamily(
+        "layercast_agent_replica_requests_moved",
+        "Requests that went on at another replica with their KV.",
+        labels=labels,
+    )
+    sent = CounterMetricFamily(
+        "layercast_agent_replica_kv_sent_bytes", "KV that was brought to other replicas.", labels=labels
+    )
     for replica in replicas:
         where = [replica.replica_id, replica.device_id]
         memory, load = replica.memory, replica.load
@@ -195,7 +203,9 @@ def _memory(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:
         prefix.add_metric([*where, "hit"], load.prefix_tokens_hit)
         prefix.add_metric([*where, "computed"], load.prefix_tokens_asked - load.prefix_tokens_hit)
         preempted.add_metric(where, load.preemptions)
-    yield from (planned, pages, prefix, preempted)
+        moved.add_metric(where, load.requests_moved)
+        sent.add_metric(where, load.kv_bytes_sent)
+    yield from (planned, pages, prefix, preempted, moved, sent)
 
 
 def _by_state(name: str, text: str, states: Any, counts: Mapping[int, int]) -> GaugeMetricFamily:

@@ -85,6 +85,14 @@ class AgentServicer(agent_pb2_grpc.AgentServiceServicer):
             await self._agent.start_transfer(request)
         return pb.StartTransferResponse()
 
+    async def SetReplicaRole(
+        self, request: pb.SetReplicaRoleRequest, context: ServicerContext[Any, Any]
+    ) -> pb.SetReplicaRoleResponse:
+        """Says what a replica does for requests."""
+        async with _codes(context):
+            await self._agent.set_replica_role(request)
+        return pb.SetReplicaRoleResponse()
+
     async def DrainReplica(
         self, request: pb.DrainReplicaRequest, context: ServicerContext[Any, Any]
     ) -> pb.DrainReplicaResponse:

@@ -215,6 +215,10 @@ class Worker:
             "BeginTransfer", lambda stub: stub.BeginTransfer(request, timeout=deadline_s), False
         )
 
+    async def set_role(self, request: pb.SetRoleRequest, *, deadline_s: float) -> None:
+        """WorkerService.SetRole."""
+        await self._command("SetRole", lambda stub: stub.SetRole(request, timeout=deadline_s), False)
+
     async def begin_drain(self, request: pb.BeginDrainRequest, *, deadline_s: float) -> None:
         """WorkerService.BeginDrain."""
         await self._command("BeginDrain", lambda stub: stub.BeginDrain(request, timeout=deadline_s), False)

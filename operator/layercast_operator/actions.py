@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from layercast_operator.snapshot import PeerRef
+from layercast_operator.snapshot import PeerRef, Role
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +51,22 @@ class StartReplica:
     def subject(self) -> str:
         """What it changes."""
         return self.replica_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetReplicaRole:
+    """Say what a replica does for requests from now on; nothing is loaded for it."""
+
+    node: str
+    model: str
+    replica_id: str
+    role: Role
+    why: str
+
+    @property
+    def subject(self) -> str:
+        """What it changes; a drain or a transfer need not wait for it."""
+        return f"{self.replica_id}/role"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -155,6 +171,7 @@ class DropHostCopy:
 Action = (
     PrepareCheckpoint
     | StartReplica
+    | SetReplicaRole
     | StartTransfer
     | DrainReplica
     | StopReplica

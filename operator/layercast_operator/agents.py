@@ -23,6 +23,7 @@ from layercast_operator.actions import (
     DrainReplica,
     DropHostCopy,
     PrepareCheckpoint,
+    SetReplicaRole,
     StartHostCopy,
     StartReplica,
     StartTransfer,
@@ -41,6 +42,7 @@ from layercast_operator.snapshot import (
     PeerRef,
     Replica,
     ReplicaState,
+    Role,
     Timeline,
     Transfer,
     WorkerState,
@@ -72,6 +74,12 @@ _REPLICA_STATES = {
     pb.REPLICA_STATE_DRAINED: ReplicaState.DRAINED,
     pb.REPLICA_STATE_FAILED: ReplicaState.FAILED,
 }
+_ROLES = {
+    Role.BOTH: pb.REPLICA_ROLE_UNSPECIFIED,
+    Role.PREFILL: pb.REPLICA_ROLE_PREFILL,
+    Role.DECODE: pb.REPLICA_ROLE_DECODE,
+}
+_ROLES_TOLD = {told: role for role, told in _ROLES.items()}
 _WORKER_STATES = {
     pb.WORKER_STATE_WARMING: WorkerState.WARMING,
     pb.WORKER_STATE_IDLE: WorkerState.IDLE,
@@ -168,6 +176,9 @@ class AgentCalls:
                 call = stub.PrepareCheckpoint(_prepare(action), timeout=CALL_DEADLINE_S)
             case StartReplica():
                 call = stub.StartReplica(_start(action), timeout=START_DEADLINE_S)
+            case SetReplicaRole():
+                role = pb.SetReplicaRoleRequest(replica_id=action.replica_id, role=_ROLES[action.role])
+                call = stub.SetReplicaRole(role, timeout=CALL_DEADLINE_S)
             case StartTransfer():
                 call = stub.StartTransfer(_transfer(action), timeout=CALL_DEADLINE_S)
             case DrainReplica():
@@ -361,6 +372,9 @@ def _replica_of(replica: pb.Replica, node: str) -> Replica:
         ),
         engine=replica.engine,
         error=replica.error,
+        role=_ROLES_TOLD.get(replica.role, Role.BOTH),
+        kv_page_tokens=replica.memory.kv_page_tokens,
+        requests_moved=load.requests_moved,
     )
 
 

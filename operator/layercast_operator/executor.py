@@ -17,6 +17,7 @@ from layercast_operator.actions import (
     DrainReplica,
     DropHostCopy,
     PrepareCheckpoint,
+    SetReplicaRole,
     StartHostCopy,
     StartReplica,
     StartTransfer,
@@ -25,7 +26,7 @@ from layercast_operator.actions import (
 from layercast_operator.agents import AgentCalls
 from layercast_operator.errors import AgentCallError
 from layercast_operator.metrics import Metrics
-from layercast_operator.pending import PendingHostCopy, PendingReplica
+from layercast_operator.pending import PendingHostCopy, PendingReplica, PendingRole
 from layercast_operator.snapshot import Node, Snapshot
 
 _LOG = logging.getLogger(__name__)
@@ -109,6 +110,14 @@ class Executor:
             )
             for flight in self._flights.values()
             if isinstance(flight.action, StartReplica) and flight.failures == 0
+        ]
+
+    def pending_roles(self) -> list[PendingRole]:
+        """Roles that were given and may not be visible yet: else the next pass might give another replica the same."""
+        return [
+            PendingRole(replica_id=action.replica_id, node=action.node, role=action.role)
+            for flight in self._flights.values()
+            if isinstance(action := flight.action, SetReplicaRole) and flight.failures == 0
         ]
 
     def pending_host_copies(self) -> list[PendingHostCopy]:
@@ -204,6 +213,8 @@ def _visible(action: Action, node: Node) -> bool:
     match action:
         case StartReplica():
             return replica is not None
+        case SetReplicaRole():
+            return replica is None or replica.role is action.role
         case StartTransfer():
             transfer = replica.transfer if replica is not None else None
             return replica is None or (transfer is not None and transfer.generation >= action.generation)

@@ -6,9 +6,12 @@ from typing import Any
 
 from layercast_operator.modelservice import Scaling
 from layercast_operator.policy import Decision, PolicyInput, counted
+from layercast_operator.roles import UNDIVIDED, Division
 
 
-def explanation(scaling: Scaling | None, given: PolicyInput | None, decision: Decision) -> dict[str, Any]:
+def explanation(
+    scaling: Scaling | None, given: PolicyInput | None, decision: Decision, division: Division = UNDIVIDED
+) -> dict[str, Any]:
     """`status.decision`. Without `scaling` nothing but the specification decides, and there are no alternatives."""
     told: dict[str, Any] = {
         "replicas": decision.replicas,
@@ -17,6 +20,8 @@ def explanation(scaling: Scaling | None, given: PolicyInput | None, decision: De
         "numbers": {} if given is None else _numbers(scaling, given),
         "alternatives": [],
     }
+    if division.total:
+        told["numbers"] |= {"prefillReplicas": division.prefill, "decodeReplicas": division.decode}
     if scaling is not None and given is not None:
         around = range(max(decision.replicas - 1, 0), decision.replicas + 2)
         told["alternatives"] = [_alternative(scaling, given, replicas) for replicas in around]

@@ -34,7 +34,7 @@ from layercast_operator.multicast import (
     plan_multicast,
 )
 from layercast_operator.placement import disk_bytes_per_s, nic_bytes_per_s
-from layercast_operator.snapshot import Node, NodeHealth, PeerRef, Replica, ReplicaState, Snapshot
+from layercast_operator.snapshot import Node, NodeHealth, PeerRef, Replica, ReplicaState, Role, Snapshot
 from layercast_operator.state import Feed, ModelMemory, Resolved
 
 # The generation is the time of the plan, so it also says when to try again: the target gets this long to move on.
@@ -107,13 +107,15 @@ def feed(
     replicas: Sequence[Replica],
     memory: ModelMemory,
     starting: int = 0,
+    divided: bool = False,
 ) -> Feeding:
-    """Transfers for the replicas that need one. `starting` more are asked for in this pass."""
+    """Transfers for those that need one. `starting` more are asked for; `divided`: KV of prompts goes to others."""
     feeds = memory.feeds
     hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name, feeds))}
     sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
     if sources and not has_leader(replicas):
-        hungry = _alone(replicas, snapshot) | hungry
+        forwarding = {_upstream(r, feeds) for r in replicas if r.arriving} if divided else set()
+        hungry = {i: why for i, why in _alone(replicas, snapshot).items() if i not in forwarding} | hungry
     leaderless = policy is ScalePolicy.LIVE and not sources and not has_leader(replicas)
     if leaderless and not hungry:
         hungry = _led_again(replicas, snapshot)
@@ -132,12 +134,12 @@ def feed(
         Running(target=target, upstream=_upstream(r, feeds))
         for r in replicas
         if r.arriving and r.replica_id not in hungry
-        if (target := _target(r, snapshot)) is not None
+        if (target := _target(r, snapshot, divided=divided)) is not None
     ]
-    holders = holders_of(snapshot, resolved.digest)
+    holders = _sending(holders_of(snapshot, resolved.digest), replicas if divided else ())
     plan = plan_multicast(
         holders=holders,
-        targets=[t for i in hungry if (t := _target(by_id[i], snapshot)) is not None],
+        targets=[t for i in hungry if (t := _target(by_id[i], snapshot, divided=divided)) is not None],
         running=running,
         checkpoint_bytes=resolved.nbytes,
         serving=bool(sources),
@@ -296,16 +298,33 @@ def _is_gone(upstream: str, snapshot: Snapshot, model: str) -> bool:
     return all(r.replica_id != upstream or r.state is ReplicaState.FAILED for r in snapshot.replicas(model))
 
 
-def _target(replica: Replica, snapshot: Snapshot) -> Target | None:
+def _sending(holders: Sequence[Holder], replicas: Sequence[Replica]) -> list[Holder]:
+    """The same; of replicas that compute prompts it is said that KV leaves them."""
+    prefill = {r.replica_id for r in replicas if r.role is not Role.DECODE}
+    busy = "its NIC sends KV to replicas that decode"
+    return [replace(h, busy=busy) if h.peer.peer_id in prefill else h for h in holders]
+
+
+def _target(replica: Replica, snapshot: Snapshot, *, divided: bool) -> Target | None:
     node = snapshot.node(replica.node)
     if node is None or not node.fresh or not replica.peer.address:
         return None
-    return Target(peer=replica.peer, node=node.name, leaf=node.leaf, nic_bytes_per_s=nic_bytes_per_s(node))
+    return Target(
+        peer=replica.peer,
+        node=node.name,
+        leaf=node.leaf,
+        nic_bytes_per_s=nic_bytes_per_s(node),
+        sends_kv=divided and replica.role is not Role.DECODE,
+        receives_kv=replica.role is Role.DECODE,
+    )
 
 
 def _live_sources(replicas: Sequence[Replica], snapshot: Snapshot) -> list[Replica]:
-    """Complete replicas that take requests and answer now: they can share their queue."""
-    return [
+    """Complete replicas that take requests and answer now: they can share their queue.
+
+    Those that decode have one only while nobody else takes prompts.
+    """
+    able = [
         r
         for r in replicas
         if r.state is ReplicaState.SERVING
@@ -313,6 +332,7 @@ def _live_sources(replicas: Sequence[Replica], snapshot: Snapshot) -> list[Repli
         and (node := snapshot.node(r.node)) is not None
         and node.fresh
     ]
+    return [r for r in able if r.role is not Role.DECODE] or able
 
 
 def _choose_live_source(hop: Hop, sources: Sequence[Replica], shared: Mapping[str, str]) -> Replica | None:

@@ -41,6 +41,7 @@ def listed_replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, An
         "replicaId": replica.replica_id,
         "node": replica.node,
         "device": replica.device_id,
+        "role": replica.role.value,
         "state": replica.state.value,
         "layersResident": replica.layers_resident,
         "layersTotal": replica.layers_total,
@@ -53,6 +54,7 @@ def listed_replica(replica: Replica, sources: Mapping[str, str]) -> dict[str, An
         "prefillTokensPerSecond": replica.prefill_tokens_per_s,
         "handoffsGiven": replica.handoffs_given,
         "handoffsTaken": replica.handoffs_taken,
+        "requestsMoved": replica.requests_moved,
         "engine": replica.engine,
         "error": replica.error,
     }

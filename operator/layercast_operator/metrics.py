@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 
 from layercast_operator.errors import SettingsError
 from layercast_operator.estimators import Prediction, What
-from layercast_operator.snapshot import HostCopyState, Replica
+from layercast_operator.snapshot import HostCopyState, Replica, Role
 
 _PREFIX = "layercast_operator_"
 
@@ -99,7 +99,13 @@ class Metrics:
         )
 
     def _add_peers(self) -> None:
-        """Who answers."""
+        """Who answers, and who does what."""
+        self.role_replicas = Gauge(
+            _PREFIX + "role_replicas",
+            "Replicas that serve or will, by what they do: Both, Prefill or Decode.",
+            ["model", "role"],
+            registry=self.registry,
+        )
         self.agent_up = Gauge(
             _PREFIX + "agent_up",
             "1 when the agent of a node answered the last question.",
@@ -170,6 +176,9 @@ class Metrics:
         self._states[model] = set(status["counts"])
         for state, count in status["counts"].items():
             self.replicas.labels(model, state).set(count)
+        roles = [replica.role for replica in replicas if replica.active]
+        for role in Role:
+            self.role_replicas.labels(model, role.value).set(roles.count(role))
         known = any(c["type"] == "MetricsAvailable" and c["status"] == "True" for c in status["conditions"])
         self.metrics_available.labels(model).set(known)
         states = [copy["state"] for copy in status["hostCopies"]]
@@ -208,6 +217,9 @@ class Metrics:
             self.metrics_available.remove(model)
         for state in self._states.pop(model, set()):
             self.replicas.remove(model, state)
+        for role in Role:
+            with contextlib.suppress(KeyError):
+                self.role_replicas.remove(model, role.value)
         for copy_state in HostCopyState:
             with contextlib.suppress(KeyError):
                 self.host_copies.remove(model, copy_state.value)

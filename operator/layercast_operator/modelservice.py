@@ -104,6 +104,40 @@ class Scaling:
     """With `ttl-cache`: how long a node keeps a model in host memory that it serves no more."""
 
 
+# Defaults are the constants of BlitzScale's released configurations (section 5.3 of the digest).
+QUEUE_S = Band(low=0.5, high=0.7)
+KV_UTILIZATION = Band(low=0.75, high=0.95)
+
+UNSCALED = Scaling(
+    replicas_min=0,
+    replicas_max=0,
+    mode=ScalingMode.RECOMMEND,
+    policy=ScalePolicy.LIVE,
+    queue_s=QUEUE_S,
+    kv_utilization=KV_UTILIZATION,
+    prefill_tokens_per_s=0.0,
+    scale_down_s=0.0,
+)
+"""The targets by which a fixed number of replicas is divided into roles; it never decides about their number."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RoleBounds:
+    """How many replicas may have a role."""
+
+    least: int = 1
+    most: int = 0
+    """0 means no other bound than that of all replicas."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Disaggregation:
+    """Prompts are computed by some replicas and answers by others."""
+
+    prefill: RoleBounds = field(default_factory=RoleBounds)
+    decode: RoleBounds = field(default_factory=RoleBounds)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelService:
     """One deployed model, as wanted."""
@@ -121,6 +155,8 @@ class ModelService:
     prefix_caching: bool = True
     node_selector: Mapping[str, str] = field(default_factory=dict)
     """Labels that a node must have to take its replicas; empty means any node."""
+    disaggregation: Disaggregation | None = None
+    """None: every replica does both."""
     generation: int = 1
     """Grows with each change of the specification."""
     created_unix_s: int = 0
@@ -207,6 +243,11 @@ def _spec(spec: Section, name: str) -> ModelService:
     if placement is not None:
         node_selector = placement.texts("nodeSelector")
         placement.done()
+    disaggregation = None
+    roles = spec.section("disaggregation")
+    if roles is not None:
+        disaggregation = Disaggregation(prefill=_bounds(roles, "prefill"), decode=_bounds(roles, "decode"))
+        roles.done()
     return ModelService(
         name=name,
         model=source,
@@ -218,7 +259,19 @@ def _spec(spec: Section, name: str) -> ModelService:
         prefix_caching=prefix_caching,
         drain_grace_s=grace_s,
         node_selector=node_selector,
+        disaggregation=disaggregation,
     )
+
+
+def _bounds(roles: Section, name: str) -> RoleBounds:
+    section = roles.section(name)
+    if section is None:
+        return RoleBounds()
+    least, most = section.integer("min", 1, least=1), section.integer("max", 0, least=0)
+    if 0 < most < least:
+        raise section.wrong("max", f"is {most}, must be at least min, which is {least}, or 0")
+    section.done()
+    return RoleBounds(least=least, most=most)
 
 
 def _source(section: Section) -> ModelSource:
@@ -240,8 +293,7 @@ def _scaling(section: Section) -> Scaling:
         raise section.wrong("max", f"is {most}, must be at least min, which is {least}")
     mode = ScalingMode(section.choice("mode", [m.value for m in ScalingMode], ScalingMode.AUTO.value))
     policy = ScalePolicy(section.choice("policy", [p.value for p in ScalePolicy], ScalePolicy.LIVE.value))
-    # Defaults are the constants of BlitzScale's released configurations (section 5.3 of the digest).
-    queue_s, kv_utilization, rate = Band(low=0.5, high=0.7), Band(low=0.75, high=0.95), 0.0
+    queue_s, kv_utilization, rate = QUEUE_S, KV_UTILIZATION, 0.0
     targets = section.section("targets")
     if targets is not None:
         queue_s = _band(targets, "queueSeconds", queue_s, most=3600)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from layercast_operator.snapshot import (
@@ -12,6 +12,7 @@ from layercast_operator.snapshot import (
     PeerRef,
     Replica,
     ReplicaState,
+    Role,
     Snapshot,
     WorkerState,
 )
@@ -29,6 +30,15 @@ class PendingReplica:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PendingRole:
+    """A role that was given and may not be visible yet."""
+
+    replica_id: str
+    node: str
+    role: Role
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PendingHostCopy:
     """A host copy that was asked for, or asked away, which may not be visible yet."""
 
@@ -39,7 +49,10 @@ class PendingHostCopy:
 
 
 def with_pending(
-    snapshot: Snapshot, pending: Iterable[PendingReplica], copies: Iterable[PendingHostCopy] = ()
+    snapshot: Snapshot,
+    pending: Iterable[PendingReplica],
+    copies: Iterable[PendingHostCopy] = (),
+    roles: Iterable[PendingRole] = (),
 ) -> Snapshot:
     """The snapshot as it will look once what was asked for is there.
 
@@ -50,6 +63,9 @@ def with_pending(
             _with_host_copy(node, copy) if node.name == copy.node else node for node in snapshot.nodes
         )
         snapshot = replace(snapshot, nodes=nodes)
+    given = {role.replica_id: role.role for role in roles}
+    if given:
+        snapshot = replace(snapshot, nodes=tuple(_with_roles(node, given) for node in snapshot.nodes))
     wanted = {p.replica_id: p for p in pending}
     for replica in snapshot.replicas():
         wanted.pop(replica.replica_id, None)
@@ -59,6 +75,13 @@ def with_pending(
         _with_pending(node, [p for p in wanted.values() if p.node == node.name]) for node in snapshot.nodes
     )
     return replace(snapshot, nodes=nodes)
+
+
+def _with_roles(node: Node, given: Mapping[str, Role]) -> Node:
+    replicas = tuple(
+        replace(r, role=given[r.replica_id]) if r.replica_id in given else r for r in node.replicas
+    )
+    return replace(node, replicas=replicas)
 
 
 def _with_pending(node: Node, pending: list[PendingReplica]) -> Node:

@@ -15,6 +15,7 @@ from layercast_operator.actions import (
     Action,
     DrainReplica,
     PrepareCheckpoint,
+    SetReplicaRole,
     StartReplica,
     StopReplica,
 )
@@ -31,6 +32,7 @@ from layercast_operator.replacing import (
     replaced,
     victims_of,
 )
+from layercast_operator.roles import assign, with_roles
 from layercast_operator.snapshot import CheckpointState, Node, PeerRef, Replica, ReplicaState, Snapshot
 from layercast_operator.state import Resolved, resting
 
@@ -72,6 +74,9 @@ def plan(given: PlanInput) -> Plan:
     stays = [r for r in current_of(given, resolved, replicas) if r.replica_id not in gone]
     started, missing = _grow(given, resolved, stays, holders)
     actions += started
+    roles = _roles(given, stays)
+    actions += roles
+    stays = with_roles(stays, roles)  # or the next pass, which sees them, would plan another way
     fed = feed(
         model=given.model,
         policy=given.policy,
@@ -80,6 +85,7 @@ def plan(given: PlanInput) -> Plan:
         replicas=stays,
         memory=given.memory,
         starting=len(started),
+        divided=given.division.total > 0,
     )
     actions += fed.actions
     staying = [h for h in holders if not h.leaving and h.peer.peer_id not in gone]
@@ -247,7 +253,10 @@ def _shrink(
     """Let surplus replicas go, and those of an older checkpoint once newer ones serve; why not, and for a copy."""
     current = current_of(given, resolved, replicas)
     surplus = max(len(current) - given.target, 0)
-    victims = [(r, f"{len(current)} are there, {given.target} wanted") for r in victims_of(current, surplus)]
+    victims = [
+        (r, f"{len(current)} are there, {given.target} wanted")
+        for r in victims_of(current, surplus, given.division)
+    ]
     safe = suffice(holders, _disk(given, resolved))
     victims += [
         (r, misplaced(given, r) or "of an older checkpoint")
@@ -300,6 +309,14 @@ def _pool_copy(given: PlanInput, resolved: Resolved, holders: Sequence[Holder]) 
     if any(h.kind is not HolderKind.DEVICE for h in holders) or not _disk(given, resolved):
         return []
     return _prepare(given)[0]
+
+
+def _roles(given: PlanInput, stays: Sequence[Replica]) -> list[SetReplicaRole]:
+    """Whose role changes; whoever shares its queue with a live target keeps its own until that is complete."""
+    arriving = {r.replica_id for r in stays if r.arriving}
+    sharing = {source for target, source in given.memory.live_sources.items() if target in arriving}
+    fresh = {node.name for node in given.snapshot.nodes if node.fresh}
+    return assign(stays, given.division, sharing=sharing, fresh=fresh)
 
 
 def _grow(

@@ -10,6 +10,10 @@ U used KV pages and B pages of one replica:
     lo > N   jump to ceil((lo + hi) / 2) at once
     hi < N   one less, after demand was that low for a whole window
 
+Where a service is disaggregated the two needs are of different replicas, so they are added instead of compared, and
+what will soon be KV counts for decode already: all prompts that wait, as far as prefill gets through them while a
+replica loads (decode pre-scaling, section 5.4).
+
 N counts replicas on their way: capacity that was asked for is not asked for twice. Unknown is not zero: what
 cannot be measured never shrinks anything and is said.
 """
@@ -20,7 +24,8 @@ import math
 from dataclasses import dataclass
 from enum import Enum
 
-from layercast_operator.modelservice import Band, Scaling
+from layercast_operator.modelservice import Band, Disaggregation, RoleBounds, Scaling
+from layercast_operator.roles import RoleNeeds
 from layercast_operator.snapshot import Demand
 
 # A quotient that is whole up to float rounding must not be rounded up to one replica more.
@@ -50,6 +55,8 @@ class KvUse:
 
     used: int
     pages_per_replica: float
+    page_tokens: int = 0
+    """Tokens of one page; 0 means unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +83,8 @@ class PolicyInput:
     """How long the last replicas took from assignment to completion."""
     below_since: float | None
     """Since when demand has called for fewer replicas than `current`, without a gap in what was seen."""
+    disaggregation: Disaggregation | None = None
+    """Prompts and answers are the work of different replicas."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,14 +183,20 @@ def _wanted(scaling: Scaling, given: PolicyInput, demand: Demand) -> _Wanted:
         lows.append(queue.low)
         highs.append(queue.high)
         why.append((queue.low, Rule.QUEUE, _queue_words(given, demand, queue)))
+    pages: ReplicaBand | None = None
     if given.kv is None:
         unknown.append("the KV use of a replica is unknown")
-    elif given.kv.used:
-        pages = replicas_for(given.kv.used, each=given.kv.pages_per_replica, band=scaling.kv_utilization)
-        lows.append(pages.low)
-        highs.append(pages.high)
-        text = f"{given.kv.used} KV pages are used of {given.kv.pages_per_replica:.0f} a replica"
-        why.append((pages.low, Rule.KV, f"{text}: {_span(pages)}"))
+    else:
+        pages = _kv_band(scaling, given, given.kv, demand, queue)
+        if pages.high:
+            lows.append(pages.low)
+            highs.append(pages.high)
+            why.append((pages.low, Rule.KV, f"{_kv_words(given, given.kv, demand)}: {_span(pages)}"))
+    if given.disaggregation is not None and why:
+        both = _together(queue, pages, given.disaggregation)
+        lows, highs = [both.low], [both.high]
+        texts = "; ".join(text for _, _, text in why)
+        why = [(both.low, max(why, key=lambda entry: entry[0])[1], f"{texts}; together {_span(both)}")]
     present = demand.requests_waiting + demand.requests_in_flight > 0
     if present:
         lows.append(1)
@@ -222,7 +237,66 @@ def _queue_band(scaling: Scaling, given: PolicyInput, demand: Demand) -> Replica
         return ReplicaBand(low=0, high=0)
     if not given.prefill_tokens_per_s:
         return None
-    return replicas_for(demand.prompt_tokens_waiting, each=given.prefill_tokens_per_s, band=scaling.queue_s)
+    found = replicas_for(demand.prompt_tokens_waiting, each=given.prefill_tokens_per_s, band=scaling.queue_s)
+    return found if given.disaggregation is None else _capped(found, given.disaggregation.prefill)
+
+
+def _together(prefill: ReplicaBand | None, decode: ReplicaBand | None, bounds: Disaggregation) -> ReplicaBand:
+    """Replicas of both roles; where that is more than one, there is at least the least of each."""
+    nothing = ReplicaBand(low=0, high=0)
+    needs = (prefill or nothing, decode or nothing)
+
+    def total(prefill: int, decode: int) -> int:
+        if prefill + decode < 2:
+            return prefill + decode
+        return max(prefill, bounds.prefill.least) + max(decode, bounds.decode.least)
+
+    return ReplicaBand(low=total(*(need.low for need in needs)), high=total(*(need.high for need in needs)))
+
+
+def _capped(found: ReplicaBand, bounds: RoleBounds) -> ReplicaBand:
+    """No more than may have the role."""
+    most = bounds.most or found.high
+    return ReplicaBand(low=min(found.low, most), high=min(found.high, most))
+
+
+def _kv_band(
+    scaling: Scaling, given: PolicyInput, kv: KvUse, demand: Demand, queue: ReplicaBand | None
+) -> ReplicaBand:
+    if given.disaggregation is None:
+        return replicas_for(kv.used, each=kv.pages_per_replica, band=scaling.kv_utilization)
+    pages = kv.used + _pages_coming(scaling, given, kv, demand, queue)
+    found = replicas_for(pages, each=kv.pages_per_replica, band=scaling.kv_utilization)
+    return _capped(found, given.disaggregation.decode)
+
+
+def _pages_coming(
+    scaling: Scaling, given: PolicyInput, kv: KvUse, demand: Demand, queue: ReplicaBand | None
+) -> float:
+    """KV of the prompts that wait, as far as prefill gets through them in the time that a replica needs to load."""
+    if not kv.page_tokens:
+        return 0.0
+    tokens = demand.prompt_tokens_waiting
+    if queue is not None and given.prefill_tokens_per_s:
+        span_s = max(given.load_time_s or 0.0, scaling.queue_s.high)
+        tokens = min(tokens, max(queue.high, 1) * given.prefill_tokens_per_s * span_s)
+    return tokens / kv.page_tokens
+
+
+def _kv_words(given: PolicyInput, kv: KvUse, demand: Demand) -> str:
+    text = f"{kv.used} KV pages are used of {kv.pages_per_replica:.0f} a replica"
+    if given.disaggregation is not None and demand.prompt_tokens_waiting > 0:
+        text += ", and prompts that wait will need more"
+    return text
+
+
+def role_needs(scaling: Scaling, given: PolicyInput) -> RoleNeeds:
+    """Fewest replicas of each role that keep within the targets; 0 where that cannot be known."""
+    if given.demand is None or given.disaggregation is None:
+        return RoleNeeds()
+    queue = _queue_band(scaling, given, given.demand)
+    pages = None if given.kv is None else _kv_band(scaling, given, given.kv, given.demand, queue)
+    return RoleNeeds(prefill=queue.low if queue else 0, decode=pages.low if pages else 0)
 
 
 def _shrink(scaling: Scaling, given: PolicyInput, *, wanted: _Wanted, limited: str) -> Decision:

@@ -124,7 +124,10 @@ class Reconciler:
                 for model in desired.models
             }
         snapshot = with_pending(
-            self.observer.snapshot(names), self.executor.pending(), self.executor.pending_host_copies()
+            self.observer.snapshot(names),
+            self.executor.pending(),
+            self.executor.pending_host_copies(),
+            self.executor.pending_roles(),
         )
         self._take_failures()
         taken: set[tuple[str, str]] = set()

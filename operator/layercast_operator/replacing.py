@@ -7,11 +7,12 @@ outdated one makes room; one on a node that is to be left stays, because its dev
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from layercast_operator.modelservice import ModelService, ScalePolicy
 from layercast_operator.placement import place_replicas
-from layercast_operator.snapshot import PeerRef, Replica, ReplicaState, Snapshot
+from layercast_operator.roles import Division
+from layercast_operator.snapshot import PeerRef, Replica, ReplicaState, Role, Snapshot
 from layercast_operator.state import ModelMemory, Resolved, resting
 
 # Among so many a replica's requests are shared out evenly enough.
@@ -32,6 +33,8 @@ class PlanInput:
     """Six characters of base 36, new each time."""
     taken: Collection[tuple[str, str]] = ()
     """(node, device) pairs promised to other models in this pass."""
+    division: Division = field(default_factory=Division)
+    """How the replicas share the work."""
 
 
 def misplaced(given: PlanInput, replica: Replica) -> str:
@@ -47,7 +50,10 @@ def current_of(given: PlanInput, resolved: Resolved, replicas: Sequence[Replica]
 
 
 def destinations_of(leaving: Replica, staying: Sequence[Replica]) -> tuple[PeerRef, ...]:
-    """Where running requests of a replica move: to those that serve the same checkpoint, the emptiest first."""
+    """Where running requests of a replica move: to those that serve the same checkpoint, the emptiest first.
+
+    Those that compute prompts come last: what runs has its prompt behind it.
+    """
     able = [
         r
         for r in staying
@@ -56,18 +62,35 @@ def destinations_of(leaving: Replica, staying: Sequence[Replica]) -> tuple[PeerR
         and r.replica_id != leaving.replica_id
         and r.peer.address
     ]
-    return tuple(r.peer for r in sorted(able, key=lambda r: (r.requests, r.replica_id))[:DESTINATIONS_MAX])
+
+    def order(replica: Replica) -> tuple[bool, int, str]:
+        return (replica.role is Role.PREFILL, replica.requests, replica.replica_id)
+
+    return tuple(r.peer for r in sorted(able, key=order)[:DESTINATIONS_MAX])
 
 
-def victims_of(current: Sequence[Replica], surplus: int) -> list[Replica]:
-    """Which replicas go: those that do not serve yet, then the emptiest, then the newest."""
+def victims_of(current: Sequence[Replica], surplus: int, division: Division | None = None) -> list[Replica]:
+    """Which replicas go: of a role with too many, those that do not serve yet, then the emptiest, then the newest."""
 
     def order(replica: Replica) -> tuple[bool, int, float, str]:
         assigned_at = replica.timeline.assigned_at
         age = -(assigned_at if assigned_at is not None else float("inf"))
         return (replica.state is ReplicaState.SERVING, replica.requests, age, replica.replica_id)
 
-    return sorted(current, key=order)[:surplus]
+    ordered = sorted(current, key=order)
+    if division is None or not division.total:
+        return ordered[:surplus]
+    spare = {
+        Role.PREFILL: sum(r.role is Role.PREFILL for r in current) - division.prefill,
+        Role.DECODE: sum(r.role is Role.DECODE for r in current) - division.decode,
+    }
+    chosen: list[Replica] = []
+    for replica in ordered:
+        if len(chosen) < surplus and spare.get(replica.role, 1) > 0:
+            chosen.append(replica)
+            spare[replica.role] = spare.get(replica.role, 1) - 1
+    others = [r for r in ordered if r not in chosen]
+    return [*chosen, *others[: surplus - len(chosen)]]
 
 
 def replaced(

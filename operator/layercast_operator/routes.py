@@ -17,7 +17,7 @@ from layercast.route.v1alpha1 import route_pb2_grpc
 from layercast_operator.errors import SettingsError
 from layercast_operator.modelservice import ModelService
 from layercast_operator.planner import context_length
-from layercast_operator.snapshot import Replica, ReplicaState
+from layercast_operator.snapshot import Replica, ReplicaState, Role
 from layercast_operator.state import Resolved
 from layercast_operator.tls import GATEWAY, Callers, Tls
 
@@ -29,6 +29,13 @@ _STATES = {
     ReplicaState.SERVING: pb.ENDPOINT_STATE_SERVING,
     ReplicaState.DRAINING: pb.ENDPOINT_STATE_DRAINING,
     ReplicaState.DRAINED: pb.ENDPOINT_STATE_DRAINING,
+}
+
+
+_ROLES = {
+    Role.BOTH: pb.ENDPOINT_ROLE_UNSPECIFIED,
+    Role.PREFILL: pb.ENDPOINT_ROLE_PREFILL,
+    Role.DECODE: pb.ENDPOINT_ROLE_DECODE,
 }
 
 
@@ -50,7 +57,12 @@ def route_of(given: RouteInput) -> pb.ModelRoute:
         digest=resolved.digest if resolved is not None else "",
         context_length_max=context_length(given.model, resolved) if resolved is not None else 0,
         endpoints=[
-            pb.Endpoint(replica_id=r.replica_id, address=r.peer.address, state=_STATES[r.state])
+            pb.Endpoint(
+                replica_id=r.replica_id,
+                address=r.peer.address,
+                state=_STATES[r.state],
+                role=_ROLES[r.role],
+            )
             for r in given.replicas
             if r.state in _STATES and r.peer.address
         ],

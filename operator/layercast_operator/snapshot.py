@@ -22,6 +22,14 @@ class ReplicaState(Enum):
     FAILED = "Failed"
 
 
+class Role(Enum):
+    """What a replica does for requests."""
+
+    BOTH = "Both"
+    PREFILL = "Prefill"
+    DECODE = "Decode"
+
+
 class WorkerState(Enum):
     """What the process of a device does."""
 
@@ -120,6 +128,10 @@ class Replica:
     error: str = ""
     pending: bool = False
     """Asked for and not yet seen; occupies its device, has no address."""
+    role: Role = Role.BOTH
+    kv_page_tokens: int = 0
+    requests_moved: int = 0
+    """Requests that it gave to other replicas while they ran, with their KV."""
 
     @property
     def requests(self) -> int:

@@ -135,6 +135,42 @@ def _parallelism() -> Schema:
     )
 
 
+def _disaggregation() -> Schema:
+    def bounds(text_: str) -> Schema:
+        return mapping(
+            text_,
+            {
+                "min": int32("Fewest, where there are replicas enough.", default=1, minimum=1),
+                "max": int32("Most; 0 leaves it to the number of all replicas.", default=0, minimum=0),
+            },
+            rules=[rule("self.max == 0 || self.min <= self.max", "min must not be above max", ".min")],
+        )
+
+    return mapping(
+        "With it, even empty, some replicas compute prompts (prefill) and hand each request with its KV to others, "
+        "which give its answer (decode). How the replicas are divided follows demand: waiting prompts call for "
+        "prefill, KV pages for decode. A single replica does both.",
+        {
+            "prefill": bounds("Replicas that compute prompts."),
+            "decode": bounds("Replicas that give answers."),
+        },
+    )
+
+
+def _placement() -> Schema:
+    return mapping(
+        "Where replicas may be.",
+        {
+            "nodeSelector": {
+                "type": "object",
+                "description": "Labels that a node must have to take replicas of this model.",
+                "additionalProperties": {"type": "string", "maxLength": 63},
+                "maxProperties": 32,
+            }
+        },
+    )
+
+
 def spec() -> Schema:
     return mapping(
         "What is wanted.",
@@ -148,17 +184,8 @@ def spec() -> Schema:
             ),
             "scaling": _scaling(),
             "parallelism": _parallelism(),
-            "placement": mapping(
-                "Where replicas may be.",
-                {
-                    "nodeSelector": {
-                        "type": "object",
-                        "description": "Labels that a node must have to take replicas of this model.",
-                        "additionalProperties": {"type": "string", "maxLength": 63},
-                        "maxProperties": 32,
-                    }
-                },
-            ),
+            "disaggregation": _disaggregation(),
+            "placement": _placement(),
             "serving": mapping(
                 "How requests are served.",
                 {

@@ -15,6 +15,7 @@ from layercast_operator.actions import (
     DrainReplica,
     DropHostCopy,
     PrepareCheckpoint,
+    SetReplicaRole,
     StartHostCopy,
     StartReplica,
     StartTransfer,
@@ -23,7 +24,7 @@ from layercast_operator.actions import (
 from layercast_operator.estimators import START_S, Estimates, Prediction, What, learned, predict
 from layercast_operator.modelservice import ModelService, ScalePolicy
 from layercast_operator.policy import Rule
-from layercast_operator.snapshot import CheckpointState, Replica, ReplicaState, Snapshot
+from layercast_operator.snapshot import CheckpointState, Replica, ReplicaState, Role, Snapshot
 from layercast_operator.timelines import (
     ScaledReplica,
     ScaleRecord,
@@ -237,7 +238,10 @@ def resolve(model: ModelService, snapshot: Snapshot, before: Resolved | None) ->
 
 
 def _prefill_rate(serving: Iterable[Replica]) -> float | None:
-    rates = [r.prefill_tokens_per_s for r in serving if r.prefill_tokens_per_s > 0]
+    """Of those that compute prompts; what others measured with the last tokens of a move says nothing of prompts."""
+    rates = [
+        r.prefill_tokens_per_s for r in serving if r.prefill_tokens_per_s > 0 and r.role is not Role.DECODE
+    ]
     return sum(rates) / len(rates) if rates else None
 
 
@@ -297,7 +301,7 @@ def after_actions(
                 )
             case DropHostCopy(failed=True):
                 memory = replace(memory, host_backoffs=_failed(memory.host_backoffs, action.node, now))
-            case StopReplica() | DrainReplica() | StartHostCopy() | DropHostCopy():
+            case StopReplica() | DrainReplica() | SetReplicaRole() | StartHostCopy() | DropHostCopy():
                 pass
     return memory
 

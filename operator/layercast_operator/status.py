@@ -92,7 +92,7 @@ def report(model: ModelService, snapshot: Snapshot, turn: Turn, *, endpoint: str
         if advice is None
         else {"replicas": advice.replicas, "rule": advice.rule.value, "reason": advice.reason},
         "latency": _latency(snapshot.ttft_p99_s.get(model.name)),
-        "decision": explanation(model.scaling, turn.given, turn.decision),
+        "decision": explanation(model.scaling, turn.given, turn.decision, turn.division),
         "endpoint": endpoint,
     }
     message = "" if counts.serving else next(c.message for c in conditions if c.type == "Ready")

@@ -27,7 +27,9 @@ def _replica() -> Schema:
             "replicaId": text("Its name."),
             "node": text("Where it is."),
             "device": text("The device that it has."),
-            "role": text("What it does for requests: Both computes prompts and answers."),
+            "role": text(
+                "What it does for requests: Prefill computes prompts, Decode gives answers, Both does both."
+            ),
             "state": text("Loading, Live, Serving, Draining, Drained or Failed."),
             "layersResident": int32("Layers whose parameters are there."),
             "layersTotal": int32("Layers of the model."),
@@ -40,6 +42,7 @@ def _replica() -> Schema:
             "prefillTokensPerSecond": number("Prompt tokens that it computes in a second, measured."),
             "handoffsGiven": int64("Requests that it gave to other replicas."),
             "handoffsTaken": int64("Requests that it took from other replicas."),
+            "requestsMoved": int64("Requests that it gave away while they ran, with their KV."),
             "engine": text("Which block executes its layers, and with what."),
             "error": text("Why it failed."),
         },

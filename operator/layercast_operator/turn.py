@@ -8,11 +8,21 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from layercast_operator.modelservice import ModelService, ScalePolicy, Scaling, ScalingMode
+from layercast_operator.modelservice import UNSCALED, ModelService, ScalePolicy, Scaling, ScalingMode
 from layercast_operator.placement import capacity
 from layercast_operator.planner import Plan, plan
-from layercast_operator.policy import Decision, KvUse, PolicyInput, Rule, counted, decide, limit_of_devices
+from layercast_operator.policy import (
+    Decision,
+    KvUse,
+    PolicyInput,
+    Rule,
+    counted,
+    decide,
+    limit_of_devices,
+    role_needs,
+)
 from layercast_operator.replacing import PlanInput
+from layercast_operator.roles import Division, divide, division_of
 from layercast_operator.snapshot import Replica, ReplicaState, Snapshot
 from layercast_operator.state import ModelMemory, observe, with_target
 
@@ -32,6 +42,8 @@ class Turn:
     """The number of wanted replicas is another than before this turn."""
     given: PolicyInput
     """What the decision could know."""
+    division: Division
+    """How many replicas should have which role."""
 
 
 def take_turn(
@@ -51,11 +63,20 @@ def take_turn(
     room = capacity(snapshot, model=model.name, checkpoint_bytes=nbytes, selector=model.node_selector)
     decision, memory, recommendation = _choose_target(model, chosen, snapshot, memory, room)
     target = memory.target if memory.target is not None else decision.replicas
+    given = _policy_input(model, snapshot, memory, target, room)
+    possible = target if room is None else min(target, room)
+    division = divide(
+        possible,
+        model.disaggregation,
+        needs=role_needs(model.scaling or UNSCALED, given),
+        current=division_of([r for r in snapshot.replicas(model.name) if r.active]),
+    )
     step = plan(
         PlanInput(
             model=model,
             policy=chosen,
-            target=target if room is None else min(target, room),
+            target=possible,
+            division=division,
             snapshot=snapshot,
             memory=memory,
             new_id=new_id,
@@ -74,7 +95,8 @@ def take_turn(
         policy=chosen,
         recommendation=recommendation,
         changed=memory.target != before,
-        given=_policy_input(model, snapshot, memory, target, room),
+        given=given,
+        division=division,
     )
 
 
@@ -214,6 +236,7 @@ def _policy_input(
         prefill_tokens_per_s=rate,
         load_time_s=memory.load_time_s,
         below_since=memory.below_since if memory.below_at == current else None,
+        disaggregation=model.disaggregation,
     )
 
 
@@ -226,7 +249,11 @@ def _kv_use(snapshot: Snapshot, model: str) -> KvUse | None:
     if not all(_answers(snapshot, r) and r.kv_pages_total for r in serving):
         return None
     totals = [r.kv_pages_total for r in serving]
-    return KvUse(used=sum(r.kv_pages_used for r in replicas), pages_per_replica=sum(totals) / len(totals))
+    return KvUse(
+        used=sum(r.kv_pages_used for r in replicas),
+        pages_per_replica=sum(totals) / len(totals),
+        page_tokens=max(r.kv_page_tokens for r in serving),
+    )
 
 
 def _answers(snapshot: Snapshot, replica: Replica) -> bool:

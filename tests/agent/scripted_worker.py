@@ -86,6 +86,15 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         self.replica.state = agent_pb2.REPLICA_STATE_SERVING
         return pb.BeginTransferResponse()
 
+    async def SetRole(
+        self, request: pb.SetRoleRequest, context: ServicerContext[Any, Any]
+    ) -> pb.SetRoleResponse:
+        asked = request.role
+        if self.replica is None or self.replica.replica_id != asked.replica_id:
+            await context.abort(grpc.StatusCode.NOT_FOUND, "no such replica")
+        self.replica.role = asked.role
+        return pb.SetRoleResponse()
+
     async def BeginDrain(
         self, request: pb.BeginDrainRequest, context: ServicerContext[Any, Any]
     ) -> pb.BeginDrainResponse:

@@ -148,10 +148,12 @@ async def test_a_replica_from_start_to_stop(open_node: OpenNode) -> None:
         assert replica is not None
         assert (replica.state, replica.layers_resident) == (pb.REPLICA_STATE_SERVING, 1)
 
+        role = pb.SetReplicaRoleRequest(replica_id="r-1", role=pb.REPLICA_ROLE_DECODE)
+        await node.stub.SetReplicaRole(role)
         await node.stub.DrainReplica(pb.DrainReplicaRequest(replica_id="r-1", grace_ms=10))
         replica = await node.replica("r-1")
         assert replica is not None
-        assert replica.state == pb.REPLICA_STATE_DRAINED
+        assert (replica.state, replica.role) == (pb.REPLICA_STATE_DRAINED, pb.REPLICA_ROLE_DECODE)
 
         await node.stop("r-1")
         assert await node.replica("r-1") is None

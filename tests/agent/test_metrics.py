@@ -90,6 +90,18 @@ def test_an_observation_in_metrics() -> None:
     assert not ready(pb.GetStatusResponse(devices=[status.devices[0]]))
 
 
+def test_what_left_with_requests_is_told() -> None:
+    load = pb.ReplicaLoad(requests_moved=6, kv_bytes_sent=600)
+    status = pb.GetStatusResponse(replicas=[pb.Replica(replica_id="r", device_id="cpu:1", load=load)])
+    samples = {
+        sample.name: sample.value
+        for family in families(Observation(status=status, restarts={}))
+        for sample in family.samples
+    }
+    assert samples["layercast_agent_replica_requests_moved_total"] == 6
+    assert samples["layercast_agent_replica_kv_sent_bytes_total"] == 600
+
+
 async def test_paths(
     settings: Callable[..., AgentSettings],
     limits: WorkerLimits,

@@ -39,6 +39,7 @@ STATUS: dict[str, Any] = {
             "replicaId": "smollm2-a",
             "node": "node-0",
             "device": "cpu:0",
+            "role": "Prefill",
             "state": "serving",
             "layersResident": 30,
             "layersTotal": 30,
@@ -152,6 +153,7 @@ def test_get_wide_has_a_line_for_each_replica(state: Path, capsys: pytest.Captur
         "smollm2-a",
         "node-0",
         "cpu:0",
+        "Prefill",
         "serving",
         "30/30",
         "-",
@@ -163,7 +165,7 @@ def test_get_wide_has_a_line_for_each_replica(state: Path, capsys: pytest.Captur
         "5",
         "taken",
     ]
-    assert lines[5].split()[3:8] == ["live", "12/30", "node-0/cpu:0", "0.068", "GB/s"]
+    assert lines[5].split()[3:9] == ["-", "live", "12/30", "node-0/cpu:0", "0.068", "GB/s"]
     assert len(lines) == 7
 
 

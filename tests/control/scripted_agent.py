@@ -154,6 +154,12 @@ class ScriptedAgent(agent_pb2_grpc.AgentServiceServicer):
         )
         return pb.StartTransferResponse()
 
+    async def SetReplicaRole(self, request: Any, context: Any) -> pb.SetReplicaRoleResponse:
+        await self._note(request, context)
+        if request.replica_id in self.replicas:
+            self.replicas[request.replica_id].role = request.role
+        return pb.SetReplicaRoleResponse()
+
     async def DrainReplica(self, request: Any, context: Any) -> pb.DrainReplicaResponse:
         await self._note(request, context)
         if request.replica_id in self.replicas:

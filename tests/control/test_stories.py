@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from tests.control.world import NBYTES
 
 from layercast_operator.actions import StartReplica, StartTransfer, StopReplica
-from layercast_operator.snapshot import NodeHealth, ReplicaState
+from layercast_operator.modelservice import Disaggregation
+from layercast_operator.snapshot import NodeHealth, ReplicaState, Role
 
 SERVING = ReplicaState.SERVING
 
@@ -76,7 +78,7 @@ def test_any_node_may_vanish_at_any_step_of_a_scale_up(worlds: Any, killed: str,
 events = st.lists(
     st.tuples(
         st.integers(0, 12),
-        st.sampled_from(["kill", "revive", "silence", "demand", "calm", "blind", "fail", "scale"]),
+        st.sampled_from(["kill", "revive", "silence", "demand", "calm", "blind", "fail", "scale", "kv"]),
         st.integers(0, 3),
     ),
     max_size=14,
@@ -84,29 +86,44 @@ events = st.lists(
 
 
 @settings(max_examples=25, deadline=None, phases=[Phase.explicit, Phase.reuse, Phase.generate, Phase.shrink])
-@given(script=events, devices=st.integers(1, 2), least=st.integers(0, 2))
-def test_any_story_ends_well(worlds: Any, script: list[Any], devices: int, least: int) -> None:
-    tell(worlds, script, devices, least)
+@given(script=events, devices=st.integers(1, 2), least=st.integers(0, 2), disaggregated=st.booleans())
+def test_any_story_ends_well(
+    worlds: Any, script: list[Any], devices: int, least: int, *, disaggregated: bool
+) -> None:
+    tell(worlds, script, devices, least, disaggregated=disaggregated)
 
 
-def tell(worlds: Any, script: list[Any], devices: int, least: int) -> None:
+def tell(worlds: Any, script: list[Any], devices: int, least: int, *, disaggregated: bool = False) -> None:
     """A story: events with pauses between them; then all nodes are well again, and all must end well."""
     scaling = worlds.scaling(least, 4, scale_down_s=2.0)
-    p = pilot(worlds, worlds.service(scaling=scaling, replicas=max(least, 1)), nodes=4, devices=devices)
+    roles = Disaggregation() if disaggregated else None
+    service = worlds.service(scaling=scaling, replicas=max(least, 1), disaggregation=roles)
+    p = pilot(worlds, service, nodes=4, devices=devices)
     for pause, event, index in script:
         for _ in range(pause):
             check(p, 4, p.act())
+            check_roles(p)
             p.world.pass_time(0.2)
         happen(worlds, p, event, index)
     for node in p.world.nodes.values():
         if not node.alive:
             p.world.revive(node.name)
         node.health = NodeHealth.FRESH
+    for replica in p.world.replicas():
+        replica.kv_used = replica.running = 0
     p.world.demand["m"] = worlds.demand(1500, 6, 6)
     run_checked(p, 90, 4)  # longer than the longest rest
     assert {r.state for r in p.world.replicas()} == {SERVING}
     assert 3 <= len(p.world.replicas()) <= 4
+    found = {r.role for r in p.world.replicas()}
+    assert found == ({Role.PREFILL, Role.DECODE} if disaggregated else {Role.BOTH})
     assert p.run(1) == []
+
+
+def check_roles(p: Any) -> None:
+    """A replica that is to decode holds everything already; where one computed prompts, one still does."""
+    decode = [r for r in p.world.replicas() if r.role is Role.DECODE]
+    assert all(r.done >= NBYTES for r in decode), "one that decodes was loaded"
 
 
 def happen(worlds: Any, p: Any, event: str, index: int) -> None:
@@ -122,6 +139,9 @@ def happen(worlds: Any, p: Any, event: str, index: int) -> None:
         p.world.demand["m"] = worlds.demand(700.0 * (index + 1), 5, 5)
     elif event == "calm":
         p.world.demand["m"] = worlds.demand()
+    elif event == "kv":
+        for replica in p.world.replicas(SERVING):
+            replica.kv_used, replica.running = 30 * index, index
     elif event == "blind":
         p.world.demand.clear()
     elif event == "fail":

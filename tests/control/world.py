@@ -14,6 +14,7 @@ from layercast_operator.actions import (
     Action,
     DrainReplica,
     PrepareCheckpoint,
+    SetReplicaRole,
     StartReplica,
     StartTransfer,
     StopReplica,
@@ -37,6 +38,7 @@ from layercast_operator.snapshot import (
     PeerRef,
     Replica,
     ReplicaState,
+    Role,
     Snapshot,
     Timeline,
     Transfer,
@@ -120,7 +122,9 @@ class SimReplica:
     drained_at: float = 0.0
     complete_at: float | None = None
     waiting: int = 0
+    running: int = 0
     kv_used: int = 0
+    role: Role = Role.BOTH
 
 
 @dataclass(slots=True)
@@ -203,6 +207,8 @@ class World:
                 node.replicas[action.replica_id] = SimReplica(
                     action.replica_id, action.model, action.digest, action.device_id, self.now
                 )
+            case SetReplicaRole():
+                node.replicas[action.replica_id].role = action.role
             case StartTransfer():
                 replica = node.replicas[action.replica_id]
                 assert action.generation > replica.generation, "a generation that replaces nothing"
@@ -310,6 +316,9 @@ class World:
             layers_total=LAYERS,
             transfer=transfer if replica.generation else None,
             requests_waiting=replica.waiting,
+            requests_running=replica.running,
+            role=replica.role,
+            kv_page_tokens=16,
             kv_pages_used=replica.kv_used,
             kv_pages_total=100,
             prefill_tokens_per_s=self.prefill_rate if complete else 0.0,

@@ -2,8 +2,9 @@
 
 Requests begin in one of the ways that replicas begin them: plainly; split over engines at layer boundaries while a
 replica loads; in a pipeline of partial replicas, with a mode switch after any token; or disaggregated, with a move that
-begins in the middle of the prompt. After any step they may move to another engine, in rounds of KV or of tokens, once
-or several times; now and then what was brought over is lost. Other requests share their batches.
+begins in the middle of the prompt, in rounds or by groups of layers as they are computed. After any step they may move
+to another engine, in rounds of KV or of tokens, once or several times; now and then what was brought over is lost.
+Other requests share their batches.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ class Move:
     target: int
     session: str
     moved: Moved = field(default_factory=lambda: Moved(computed=0, held=0, prefilling=True))
+    pieces: list[Any] | None = None
+    """What the engine let out and did not go on yet; None when nobody follows."""
+    held: dict[int, int] = field(default_factory=dict)
+    """Of a move that follows: positions at the target, by layer."""
 
 
 class Mixture:
@@ -73,7 +78,9 @@ class Mixture:
             )
             self.tokens[name] = []
             seq = self.families.sequence(prompt, count, name=name, arrived_at=float(index), **sampling)
-            getattr(self, self.chance.choice(["plainly", "split", "pipelined", "disaggregated"]))(seq)
+            getattr(self, self.chance.choice(["plainly", "split", "pipelined", "disaggregated", "followed"]))(
+                seq
+            )
         for _ in range(STEPS_MAX):
             if not self.where:
                 break
@@ -141,6 +148,19 @@ class Mixture:
         self.begin(seq.request_id)
         self.count("disaggregated")
 
+    def followed(self, seq: Any) -> None:
+        """The same, by groups of layers while the prompt is computed."""
+        self.disaggregated(seq)
+        move = self.moves[seq.request_id]
+        pieces = move.pieces = []
+
+        def follower(piece: Any) -> bool:
+            """Now and then the link is too slow for more."""
+            pieces.append(piece if self.chance.random() < 0.9 else None)
+            return pieces[-1] is not None
+
+        self.engines[move.source].moves.follow(seq.request_id, follower)
+
     # What happens meanwhile
 
     def step(self) -> None:
@@ -160,6 +180,8 @@ class Mixture:
     def go_on(self, name: str) -> None:
         """The next thing that the source does for a request that moves."""
         move, seq = self.moves[name], self.seqs[name]
+        if move.pieces is not None and self.forward(name, move):
+            return
         source, target = self.engines[move.source], self.engines[move.target]
         progress = source.moves.progress(name)
         if progress is None:
@@ -191,6 +213,31 @@ class Mixture:
                 self.where[name], self.seqs[name] = move.target, seq
                 del self.moves[name]
                 self.count("moved")
+
+    def forward(self, name: str, move: Move) -> bool:
+        """Sends on what the engine let out; whether more is to come."""
+        assert move.pieces is not None
+        longest = len(self.seqs[name].prompt) + self.seqs[name].sampling.max_tokens
+        pieces = [move.pieces.pop(0) for _ in range(self.chance.randint(0, len(move.pieces)))]
+        for piece in pieces:
+            if piece is None:
+                held = min(move.held.get(layer, 0) for layer in range(self.layers))
+                move.moved, move.pieces = replace(move.moved, held=held), None
+                return False
+            held = min(move.held.get(layer, 0) for layer in range(piece.first, piece.last))
+            if held < piece.start:
+                continue  # found in the prefix cache: left to the rounds
+            self.engines[move.target].stages.write(
+                move.session,
+                piece.kv,
+                first=piece.first,
+                last=piece.last,
+                start=piece.start,
+                positions_max=longest,
+            )
+            move.held.update(dict.fromkeys(range(piece.first, piece.last), piece.stop))
+            self.count("piece")
+        return True
 
     def bring(self, name: str, move: Move, start: int, stop: int, longest: int) -> None:
         """KV layer by layer, in groups."""
@@ -254,5 +301,5 @@ def test_tokens_are_those_of_one_engine_left_alone(tiny_of: Any, families: Modul
         except BaseException as error:
             error.add_note(f"seed {seed}")
             raise
-    least = {"split", "mode switch", "disaggregated", "round", "moved", "lost"}
+    least = {"split", "mode switch", "disaggregated", "piece", "round", "moved", "lost"}
     assert all(seen.get(what, 0) >= 3 for what in least), f"the generator hardly tries everything: {seen}"

@@ -231,8 +231,15 @@ class Operator(RouteServiceServicer):
         if server is not None:
             await server.stop(None)
 
-    async def publish(self, *endpoints: tuple[Worker, str], context: int = 512, message: str = "") -> None:
-        """A table with one model; states are the names of route.proto without their prefix."""
+    async def publish(
+        self,
+        *endpoints: tuple[Worker, str],
+        context: int = 512,
+        message: str = "",
+        roles: Sequence[str] = (),
+    ) -> None:
+        """A table with one model; states and roles are the names of route.proto without their prefix."""
+        role_of = dict(zip((worker.address for worker, _ in endpoints), roles, strict=False))
         route = route_pb2.ModelRoute(
             model=MODEL,
             digest=DIGEST,
@@ -244,6 +251,9 @@ class Operator(RouteServiceServicer):
                     replica_id=f"replica-{worker.address}",
                     address=worker.address,
                     state=route_pb2.EndpointState.Value(f"ENDPOINT_STATE_{state}"),
+                    role=route_pb2.EndpointRole.Value(
+                        f"ENDPOINT_ROLE_{role_of.get(worker.address, 'UNSPECIFIED')}"
+                    ),
                 )
                 for worker, state in endpoints
             ],

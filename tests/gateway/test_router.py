@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from hypothesis import given
 from hypothesis import strategies as st
 
 from layercast_gateway.router import Candidate, availability, choose, gives_up_at, window_of
-from layercast_gateway.routes import EndpointState
+from layercast_gateway.routes import EndpointRole, EndpointState
 
 NOW = 100.0
 
@@ -73,12 +74,35 @@ def test_availability_counts_those_that_come() -> None:
     assert gives_up_at(arrived_at=5, unavailable_since=7, wait_s=3) == 10
 
 
+def test_prompts_go_to_those_who_compute_them_and_name_who_decodes() -> None:
+    prefill, decode = EndpointRole.PREFILL, EndpointRole.DECODE
+    busy = candidate("p", role=prefill, unstarted=2, in_flight=9)
+    places = [candidate("d", role=decode, in_flight=4), candidate("e", role=decode, in_flight=3)]
+    choice = choose([busy, *places], window=4, now=NOW)
+    assert choice.candidate is busy and choice.decode == places[1]
+    full = choose([candidate("p", role=prefill, unstarted=4), *places], window=4, now=NOW)
+    assert full.candidate is None, "those that decode are no room for prompts"
+    resting = [candidate("d", role=decode, hold_until=NOW + 1), candidate("e", role=decode, connected=False)]
+    alone = choose([busy, *resting], window=4, now=NOW)
+    assert alone.candidate is busy and alone.decode is None and "nobody else decodes" in alone.reason
+
+
+def test_without_one_role_the_other_takes_whole_requests() -> None:
+    decode = candidate("d", role=EndpointRole.DECODE)
+    gone = candidate("p", role=EndpointRole.PREFILL, connected=False)
+    choice = choose([gone, decode], window=4, now=NOW)
+    assert choice.candidate is not None and choice.candidate.replica_id == "d" and choice.decode is None
+    both = choose([candidate("b"), decode], window=4, now=NOW)
+    assert both.candidate is not None and both.candidate.replica_id == "b" and both.decode is None
+
+
 def candidates() -> st.SearchStrategy[list[Candidate]]:
     times = st.sampled_from([0.0, NOW - 1, NOW + 1])
     one = st.builds(
         candidate,
         st.sampled_from("abcdef"),
         st.sampled_from(EndpointState),
+        role=st.sampled_from(EndpointRole),
         connected=st.booleans(),
         unstarted=st.integers(0, 10),
         in_flight=st.integers(0, 20),
@@ -96,14 +120,21 @@ def test_choice_is_allowed_and_does_not_depend_on_order(
     shuffled = list(found)
     random.shuffle(shuffled)
     assert choose(shuffled, window=window, now=NOW) == choice
+    serving = [c for c in found if c.state is EndpointState.SERVING and c.connected]
+    only_decode = all(c.role is EndpointRole.DECODE for c in serving)
+    taking = [replace(c, role=EndpointRole.BOTH) for c in found] if only_decode else found
     allowed = [
         c
-        for c in found
+        for c in taking
         if c.state is EndpointState.SERVING
+        and c.role is not EndpointRole.DECODE
         and c.connected
         and c.hold_until <= NOW
-        and c.unstarted < window_of(found, window=window)
+        and c.unstarted < window_of(taking, window=window)
     ]
+    if choice.decode is not None:
+        assert choice.decode in serving and choice.decode.role is EndpointRole.DECODE
+        assert choice.candidate is not None and choice.candidate.role is EndpointRole.PREFILL
     if choice.candidate is None:
         trusted_are_full = not [c for c in allowed if c.avoid_until <= NOW]
         assert trusted_are_full

@@ -265,6 +265,7 @@ class GatewayClient:
         temperature: float = 0.0,
         seed: int = 0,
         model: str = "tiny",
+        decode_at: peer_pb2.Peer | None = None,
     ) -> engine_pb2.Request:
         request = engine_pb2.Request(
             request_id=request_id,
@@ -276,6 +277,9 @@ class GatewayClient:
             sampling=engine_pb2.Sampling(max_tokens=max_tokens, temperature=temperature, seed=seed),
         )
         request.arrived_at.GetCurrentTime()
+        if decode_at is not None:
+            place = engine_pb2.DecodePlace(replica_id=decode_at.peer_id, address=decode_at.address)
+            request.decode_at.CopyFrom(place)
         return request
 
     async def until_broken(self, address: str, deadline_s: float = 20.0) -> None:

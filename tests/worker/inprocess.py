@@ -22,6 +22,7 @@ from layercast.engine.v1alpha1 import engine_pb2, engine_pb2_grpc
 from layercast.peer.v1alpha1 import peer_pb2, peer_pb2_grpc
 from layercast.worker.v1alpha1 import worker_pb2
 
+from layercast_agent.engine.engine import Engine
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.layout import Manifest
 from layercast_agent.rdma import Rdma
@@ -158,6 +159,20 @@ class Worker:
             while not reached(self.replica):
                 await asyncio.sleep(0.01)
 
+    async def until_held(self, layers: range, positions: int, deadline_s: float = 60.0) -> dict[int, int]:
+        """Until its only session has so many positions of those layers; what it has, by layer."""
+
+        def rows(engine: Engine) -> dict[int, int]:
+            sessions = list(engine.stages._sessions.values())
+            return dict(sessions[0].rows) if sessions else {}
+
+        async with asyncio.timeout(deadline_s):
+            while True:
+                held = await self.replica.desk.ask(rows)
+                if all(held.get(layer, 0) >= positions for layer in layers):
+                    return held
+                await asyncio.sleep(0.01)
+
     async def cut(self) -> None:
         """Its data plane is gone: no parameter, no hidden state, no KV of it can be read any more."""
         await asyncio.to_thread(self._data.close)
@@ -192,6 +207,7 @@ class Gateway:
     def __init__(self) -> None:
         self.asked: dict[str, Asked] = {}
         self.routes: list[str] = []
+        self.decode_at: peer_pb2.Peer | None = None
         self.events = 0
         self.changed = asyncio.Event()
         self._calls: dict[str, Any] = {}
@@ -233,6 +249,11 @@ class Gateway:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(TICK_S):
                     await self.changed.wait()
+
+    async def until_events(self, count: int, deadline_s: float = 60.0) -> None:
+        async with asyncio.timeout(deadline_s):
+            while self.events < count:
+                await asyncio.sleep(0.002)
 
     async def close(self) -> None:
         for task in self._tasks:
@@ -302,4 +323,9 @@ class Gateway:
             sampling=state.work.sampling,
         )
         request.arrived_at.FromNanoseconds(int(state.work.arrived_at * 1e9))
+        place = self.decode_at
+        if place is not None and place.address in self._calls:
+            request.decode_at.CopyFrom(
+                engine_pb2.DecodePlace(replica_id=place.peer_id, address=place.address)
+            )
         return request

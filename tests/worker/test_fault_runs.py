@@ -23,12 +23,12 @@ from layercast_agent.worker import stage_host
 
 pytestmark = [pytest.mark.timeout(600)]
 
-RUNS = 208
+RUNS = 260
 SHARDS = 4
 TOGETHER = 4
 TOKENS = 14
 LOAD_S = 0.4
-STORIES = ("scale-up", "mode switch", "migration", "kv handoff")
+STORIES = ("scale-up", "mode switch", "migration", "kv handoff", "disaggregated")
 PROMPTS = [[random.Random(i).randrange(3, 500) for _ in range(4 + 9 * (i % 5))] for i in range(10)]
 SERVING = agent_pb2.REPLICA_STATE_SERVING
 
@@ -129,6 +129,8 @@ class Run:
             b.feed(b.from_disk(disk))
             await b.until(lambda replica: replica.state == SERVING)
         self.gateway.routes = [a.peer.address, spare.peer.address]
+        if self.story == "disaggregated":
+            self.gateway.decode_at = b.peer
         for index in self.chance.sample(range(len(PROMPTS)), self.chance.randint(2, 5)):
             self.wanted[f"r{index}"] = self.model.answers[index]
             self.gateway.ask(f"r{index}", PROMPTS[index], TOKENS)

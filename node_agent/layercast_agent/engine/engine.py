@@ -177,6 +177,8 @@ class Engine:
         for work in works:
             self._count_prefill(work)
             self._scheduler.advance(work)
+        for work in complete:
+            self.moves.completed(work.seq)
         if complete:
             rows = self._last_rows(works)
             if len(rows) < len(hidden):
@@ -309,7 +311,10 @@ class Engine:
             parts += self._inputs(joining)
             hidden = torch.cat(parts) if len(parts) > 1 else parts[0]
             if first < last:
-                hidden = self.model.run_layers(first, last, hidden, BatchPlan.of(self._kv, _spans(batch)))
+                plan = BatchPlan.of(self._kv, _spans(batch))
+                for begin, end in self.moves.cuts(first, last, batch):
+                    hidden = self.model.run_layers(begin, end, hidden, plan)
+                    self.moves.ran(begin, end, batch)
             parts = [hidden]
         return parts[0]
 

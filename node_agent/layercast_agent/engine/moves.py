@@ -1,13 +1,15 @@
 """What an engine does for requests that move between replicas while they run (`migration` decides).
 
-At the source: how far a request is, and copies of KV that nobody writes any more. At the target: KV under the name of a
+At the source: how far a request is, and copies of KV that nobody writes any more, for a request that decodes elsewhere
+as soon as some layers of a chunk of its prompt are done. At the target: KV under the name of a
 session (`stages`), read or computed from tokens, until the request comes and goes on with those pages. Not thread-safe:
 the engine's thread owns it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
 
@@ -16,10 +18,28 @@ import torch
 from layercast_agent.engine.attention import to_device
 from layercast_agent.engine.kv import KVCache
 from layercast_agent.engine.model import LayeredModel
-from layercast_agent.engine.scheduler import Scheduler
+from layercast_agent.engine.scheduler import Scheduler, Work
 from layercast_agent.engine.sequence import Sequence
 from layercast_agent.engine.stages import Stages
 from layercast_agent.errors import AgentError, PeerError
+
+LAYER_GROUPS = 4
+"""A chunk's KV leaves in so many pieces: the last can only be sent after the chunk, the others while it is computed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """KV of layers [first, last) at positions [start, stop), as `Moves.rows` gives it."""
+
+    first: int
+    last: int
+    start: int
+    stop: int
+    kv: torch.Tensor
+
+
+Follower = Callable[[Piece | None], bool]
+"""Told of each piece on the engine's thread, and of None when the prefix is complete. False: it wants no more."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +67,7 @@ class Moves:
         self._scheduler = scheduler
         self._stages = stages
         self._add = add
+        self._followers: dict[str, Follower] = {}
 
     # At the source
 
@@ -70,6 +91,44 @@ class Moves:
             raise PeerError(f"positions {start} to {stop} of request {request_id} are not here")
         kv = self._kv.export_rows(seq.pages, first=first, last=last, start=start, stop=stop)
         return kv.contiguous().flatten().view(torch.uint8).cpu()
+
+    def follow(self, request_id: str, follower: Follower) -> None:
+        """From now on, until the prefix is complete, the KV of a request's chunks is copied out as it is computed."""
+        self._followers[request_id] = follower
+
+    def unfollow(self, request_id: str) -> None:
+        """Unknown ones succeed."""
+        self._followers.pop(request_id, None)
+
+    def cuts(self, first: int, last: int, works: Ordered[Work]) -> list[tuple[int, int]]:
+        """Into which ranges layers [first, last) of a step are to be cut: one range where nobody follows."""
+        if not any(self._is_followed(work) for work in works):
+            return [(first, last)]
+        each = -(-self._kv.layers // LAYER_GROUPS)
+        bounds = [first, *(layer for layer in range(each, last, each) if layer > first), last]
+        return list(itertools.pairwise(bounds))
+
+    def ran(self, first: int, last: int, works: Iterable[Work]) -> None:
+        """Layers [first, last) of a step are done: their KV goes to those who follow."""
+        for work in works:
+            if not self._is_followed(work):
+                continue
+            seq = work.seq
+            kv = self._kv.export_rows(seq.pages, first=first, last=last, start=work.start, stop=work.stop)
+            rows = kv.contiguous().flatten().view(torch.uint8).cpu()
+            piece = Piece(first=first, last=last, start=work.start, stop=work.stop, kv=rows)
+            if not self._followers[seq.request_id](piece):
+                self.unfollow(seq.request_id)
+
+    def completed(self, seq: Sequence) -> None:
+        """The prefix of a request is complete: what follows is a token at a time."""
+        follower = self._followers.pop(seq.request_id, None)
+        if follower is not None:
+            follower(None)
+
+    def _is_followed(self, work: Work) -> bool:
+        """The step of a single token is not worth a piece."""
+        return work.count > 1 and work.seq.request_id in self._followers
 
     # At the target
 

@@ -95,6 +95,14 @@ class TokenEvent:
     error: str = ""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DecodePlace:
+    """The replica at which a request goes on once its prompt is computed; `address` is its host:port."""
+
+    replica_id: str
+    address: str
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Sequence:
     """One request. Its prefix is the prompt and all tokens generated so far, here or by an earlier attempt.
@@ -107,6 +115,7 @@ class Sequence:
 
     `page_keys` name the contents of its full pages, computed when first wanted; the first `pages_shareable` pages are
     known to others by them. `guide_state` follows from the guide and the generated tokens; None until it is wanted.
+    `decode_at` is where it wants to go on after its prompt; None: here.
     """
 
     request_id: str
@@ -123,6 +132,7 @@ class Sequence:
     pages_shareable: int = 0
     page_keys: list[bytes] = field(default_factory=list)
     guide_state: GuideState | None = None
+    decode_at: DecodePlace | None = None
 
     @property
     def order(self) -> tuple[float, str]:

@@ -155,6 +155,19 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         replica.begin_transfer(request.transfer, upstreams)
         return pb.BeginTransferResponse()
 
+    async def SetRole(
+        self, request: pb.SetRoleRequest, context: aio.ServicerContext[pb.SetRoleRequest, pb.SetRoleResponse]
+    ) -> pb.SetRoleResponse:
+        replica = self._assignment.find(request.role.replica_id)
+        if replica is None:
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"replica {request.role.replica_id!r} is not here")
+            return pb.SetRoleResponse()
+        try:
+            await replica.set_role(request.role.role)
+        except AgentError as error:
+            await context.abort(status_code(error), str(error))
+        return pb.SetRoleResponse()
+
     async def BeginDrain(
         self,
         request: pb.BeginDrainRequest,

@@ -38,6 +38,7 @@ class RequestDesk:
         self.first_token_at: float | None = None
         self.on_first_token: Callable[[str], None] = lambda request_id: None
         self.divert: Callable[[Sequence], bool] = lambda seq: False
+        self.on_own: Callable[[Sequence], None] = lambda seq: None
         self._started: set[str] = set()
         self._unannounced: dict[str, int] = {}
         self._moved_here: set[str] = set()
@@ -45,6 +46,11 @@ class RequestDesk:
         self._loop = loop
         self._streams = streams
         self._refusal = ""
+
+    @property
+    def refuses(self) -> bool:
+        """Nothing new is taken: the replica is about to end."""
+        return bool(self._refusal)
 
     def refuse_new(self, reason: str) -> None:
         """From now on new requests go straight back to their gateways."""
@@ -104,6 +110,7 @@ class RequestDesk:
         if moved:
             self._moved_here.add(seq.request_id)
         self._unannounced[seq.request_id] = layers_done
+        self.on_own(seq)
 
     def announce(self, seq: Sequence) -> None:
         """Tells the gateway who owns the request; once, and always before its first token."""
@@ -156,9 +163,18 @@ class RequestDesk:
             if self.disown(seq.request_id) is not None:
                 self._streams.send(seq.gateway_id, [wire.returned(seq, reason=reason)])
 
-    async def return_waiting(self, reason: str) -> None:
-        """Gives back what waits in the engine for its first execution."""
-        self.give_back(await self.ask(_release_waiting), reason=reason)
+    async def return_waiting(
+        self, reason: str, *, which: Callable[[Sequence], bool] = lambda seq: True
+    ) -> None:
+        """Gives back what waits in the engine, or those of them that are meant."""
+
+        def release(engine: Engine) -> list[Sequence]:
+            waiting = [seq for seq in engine.waiting if which(seq)]
+            for seq in waiting:
+                engine.release(seq)
+            return waiting
+
+        self.give_back(await self.ask(release), reason=reason)
 
     async def return_all(self, reason: str) -> None:
         """Gives back everything that this replica owns, with the tokens that it produced."""
@@ -195,16 +211,13 @@ class RequestDesk:
         """Runs a function on the engine thread and waits for its result."""
         return await asyncio.wrap_future(self._loop.call(function))
 
+    def tell(self, function: Callable[[Engine], None]) -> None:
+        """Runs a function on the engine thread sometime."""
+        self._loop.call(function)
+
     def _resend(self, seq: Sequence) -> None:
         events = [wire.accepted(seq, replica_id=self.replica_id)]
         so_far = wire.tokens_so_far(seq)
         if so_far is not None:
             events.append(so_far)
         self._streams.send(seq.gateway_id, events)
-
-
-def _release_waiting(engine: Engine) -> list[Sequence]:
-    waiting = list(engine.waiting)
-    for seq in waiting:
-        engine.release(seq)
-    return waiting

@@ -13,7 +13,6 @@ import logging
 import time
 from collections.abc import Callable, Coroutine
 from collections.abc import Sequence as Ordered
-from dataclasses import dataclass
 
 import grpc
 import torch
@@ -35,8 +34,10 @@ from layercast_agent.worker.handoffs import HandoffShelf, Lease, admit, fetch_st
 from layercast_agent.worker.host import WorkerHost
 from layercast_agent.worker.loading import ModelMemory
 from layercast_agent.worker.moving import Mover
+from layercast_agent.worker.onward import Onward
 from layercast_agent.worker.pipeline import Pipeline
 from layercast_agent.worker.stage_host import StageHost
+from layercast_agent.worker.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -50,21 +51,11 @@ STOP_DEADLINE_S = 10.0
 """For the engine thread and the transfer to end: a turn, or one chunk."""
 
 
-@dataclass(slots=True, kw_only=True)
-class Timeline:
-    """When what happened, seconds since the epoch; None until then."""
-
-    assigned_at: float
-    first_segment_at: float | None = None
-    first_token_at: float | None = None
-    complete_at: float | None = None
-
-
 class Replica:
     """What a worker does between AssignReplica and UnassignReplica."""
 
     def __init__(self, *, spec: agent_pb2.StartReplicaRequest, memory: ModelMemory, host: WorkerHost) -> None:
-        self.spec = spec
+        self.spec, self.role = spec, agent_pb2.REPLICA_ROLE_UNSPECIFIED
         self.memory = memory
         self.state = agent_pb2.REPLICA_STATE_LOADING
         self.error = ""
@@ -117,6 +108,7 @@ class Replica:
             stages=self.stages,
             look=lambda: self.loop.view,
         )
+        Onward(desk=self.desk, mover=self.mover, spawn=self._spawn)
         self.pipeline: Pipeline | None = None
         self.desk.divert = self.cooperation.divert
         self.desk.on_first_token = self.cooperation.first_token
@@ -296,7 +288,6 @@ class Replica:
         seq = lease.seq
         if seq.request_id not in self.desk.owned:
             return
-
         memory = lease.memory
         state = memory.view(0, memory.nbytes) if memory is not None else None
         try:
@@ -313,6 +304,12 @@ class Replica:
                 if lease is not None:
                     log.warning("a handoff was never released", extra={"request": request_id})
                     await self._take_back(lease)
+
+    async def set_role(self, role: agent_pb2.ReplicaRole.ValueType) -> None:
+        """What runs goes on; prompts that wait here go to those who compute prompts from now on."""
+        self.role = role
+        if role == agent_pb2.REPLICA_ROLE_DECODE:
+            await self.desk.return_waiting("it decodes now", which=lambda seq: seq.decode_at is not None)
 
     # Ending
 

@@ -36,6 +36,7 @@ def replica_status(replica: Replica, host: WorkerHost) -> agent_pb2.Replica:
             workspace_bytes=memory.plan.workspace_bytes,
         ),
         engine=memory.engine.model.block,
+        role=replica.role,
     )
     if replica.runner is not None:
         transfer = replica.runner.status()
@@ -72,6 +73,8 @@ def _load(replica: Replica) -> agent_pb2.ReplicaLoad:
         handoffs_given=replica.handoffs_given + replica.cooperation.given,
         handoffs_taken=replica.handoffs_taken + replica.cooperation.taken,
         comparisons=_comparisons(replica),
+        requests_moved=replica.mover.moved,
+        kv_bytes_sent=replica.mover.bytes_sent,
     )
 
 

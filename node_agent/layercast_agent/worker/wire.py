@@ -7,7 +7,14 @@ from collections.abc import Iterable
 from layercast.agent.v1alpha1 import agent_pb2
 from layercast.engine.v1alpha1 import engine_pb2 as pb
 
-from layercast_agent.engine.sequence import FinishReason, Guide, SamplingParams, Sequence, TokenEvent
+from layercast_agent.engine.sequence import (
+    DecodePlace,
+    FinishReason,
+    Guide,
+    SamplingParams,
+    Sequence,
+    TokenEvent,
+)
 
 FINISH_REASONS = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -42,7 +49,13 @@ def sequence_of(request: pb.Request) -> Sequence:
             guide=_guide(sampling),
         ),
         arrived_at=request.arrived_at.ToNanoseconds() / 1e9,
+        decode_at=_decode_at(request),
     )
+
+
+def _decode_at(request: pb.Request) -> DecodePlace | None:
+    place = request.decode_at
+    return DecodePlace(replica_id=place.replica_id, address=place.address) if place.address else None
 
 
 def _guide(sampling: pb.Sampling) -> Guide | None:
@@ -79,6 +92,9 @@ def request_of(seq: Sequence, *, model: str) -> pb.Request:
         ),
     )
     request.arrived_at.FromNanoseconds(int(seq.arrived_at * 1e9))
+    if seq.decode_at is not None:
+        place = pb.DecodePlace(replica_id=seq.decode_at.replica_id, address=seq.decode_at.address)
+        request.decode_at.CopyFrom(place)
     return request
 
 

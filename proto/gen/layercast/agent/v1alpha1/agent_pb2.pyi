@@ -121,6 +121,32 @@ CHECKPOINT_STATE_FAILED: CheckpointState.ValueType  # 4
 """Failed; `error` says why."""
 Global___CheckpointState: _TypeAlias = CheckpointState  # noqa: Y015
 
+class _ReplicaRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ReplicaRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_ReplicaRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    REPLICA_ROLE_UNSPECIFIED: _ReplicaRole.ValueType  # 0
+    """Computes prompts and decodes: no disaggregation."""
+    REPLICA_ROLE_PREFILL: _ReplicaRole.ValueType  # 1
+    """Computes prompts, then hands requests over."""
+    REPLICA_ROLE_DECODE: _ReplicaRole.ValueType  # 2
+    """Goes on with requests whose prompt was computed elsewhere."""
+
+class ReplicaRole(_ReplicaRole, metaclass=_ReplicaRoleEnumTypeWrapper):
+    """ReplicaRole says what a replica does for requests. It is what the operator
+    decided and gateways follow; every replica can do everything.
+    """
+
+REPLICA_ROLE_UNSPECIFIED: ReplicaRole.ValueType  # 0
+"""Computes prompts and decodes: no disaggregation."""
+REPLICA_ROLE_PREFILL: ReplicaRole.ValueType  # 1
+"""Computes prompts, then hands requests over."""
+REPLICA_ROLE_DECODE: ReplicaRole.ValueType  # 2
+"""Goes on with requests whose prompt was computed elsewhere."""
+Global___ReplicaRole: _TypeAlias = ReplicaRole  # noqa: Y015
+
 class _ReplicaState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -531,6 +557,7 @@ class Replica(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     MEMORY_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Its id."""
     model: _builtins.str
@@ -549,6 +576,8 @@ class Replica(_message.Message):
     """What is wrong, in words; empty when nothing is."""
     engine: _builtins.str
     """Block implementation and what it runs with, such as "fast/cpp-avx2"."""
+    role: Global___ReplicaRole.ValueType
+    """What it does for requests."""
     @_builtins.property
     def peer(self) -> _peer_pb2.Peer:
         """How to reach its worker."""
@@ -591,10 +620,11 @@ class Replica(_message.Message):
         error: _builtins.str = ...,
         memory: Global___MemoryPlan | None = ...,
         engine: _builtins.str = ...,
+        role: Global___ReplicaRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["load", b"load", "memory", b"memory", "peer", b"peer", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "engine", b"engine", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "memory", b"memory", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "digest", b"digest", "engine", b"engine", "error", b"error", "layers_resident", b"layers_resident", "layers_total", b"layers_total", "load", b"load", "memory", b"memory", "model", b"model", "peer", b"peer", "replica_id", b"replica_id", "role", b"role", "segments_resident", b"segments_resident", "state", b"state", "timeline", b"timeline", "transfer", b"transfer"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -716,6 +746,8 @@ class ReplicaLoad(_message.Message):
     PREFIX_TOKENS_ASKED_FIELD_NUMBER: _builtins.int
     PREFIX_TOKENS_HIT_FIELD_NUMBER: _builtins.int
     PREEMPTIONS_FIELD_NUMBER: _builtins.int
+    REQUESTS_MOVED_FIELD_NUMBER: _builtins.int
+    KV_BYTES_SENT_FIELD_NUMBER: _builtins.int
     COMPARISONS_FIELD_NUMBER: _builtins.int
     requests_waiting: _builtins.int
     """Requests that wait for their first execution."""
@@ -741,6 +773,10 @@ class ReplicaLoad(_message.Message):
     """Those of them whose KV was found in the cache."""
     preemptions: _builtins.int
     """Times that a request lost its KV pages to an earlier one and was computed again."""
+    requests_moved: _builtins.int
+    """Requests that moved away while they ran, with their KV."""
+    kv_bytes_sent: _builtins.int
+    """Bytes of KV that were brought to other replicas for them."""
     @_builtins.property
     def comparisons(self) -> _containers.RepeatedCompositeFieldContainer[Global___Comparison]:
         """How well the replica foresees what it does, one entry a kind."""
@@ -760,11 +796,13 @@ class ReplicaLoad(_message.Message):
         prefix_tokens_asked: _builtins.int = ...,
         prefix_tokens_hit: _builtins.int = ...,
         preemptions: _builtins.int = ...,
+        requests_moved: _builtins.int = ...,
+        kv_bytes_sent: _builtins.int = ...,
         comparisons: _abc.Iterable[Global___Comparison] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons", "handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "preemptions", b"preemptions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_tokens_asked", b"prefix_tokens_asked", "prefix_tokens_hit", b"prefix_tokens_hit", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["comparisons", b"comparisons", "handoffs_given", b"handoffs_given", "handoffs_taken", b"handoffs_taken", "kv_bytes_sent", b"kv_bytes_sent", "kv_pages_cached", b"kv_pages_cached", "kv_pages_total", b"kv_pages_total", "kv_pages_used", b"kv_pages_used", "preemptions", b"preemptions", "prefill_tokens_per_s", b"prefill_tokens_per_s", "prefix_tokens_asked", b"prefix_tokens_asked", "prefix_tokens_hit", b"prefix_tokens_hit", "prompt_tokens_waiting", b"prompt_tokens_waiting", "requests_moved", b"requests_moved", "requests_running", b"requests_running", "requests_waiting", b"requests_waiting"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -1175,6 +1213,49 @@ class StartTransferResponse(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___StartTransferResponse: _TypeAlias = StartTransferResponse  # noqa: Y015
+
+@_typing.final
+class SetReplicaRoleRequest(_message.Message):
+    """SetReplicaRoleRequest names a replica and its role."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """The replica."""
+    role: Global___ReplicaRole.ValueType
+    """Its role from now on."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        role: Global___ReplicaRole.ValueType = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["replica_id", b"replica_id", "role", b"role"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetReplicaRoleRequest: _TypeAlias = SetReplicaRoleRequest  # noqa: Y015
+
+@_typing.final
+class SetReplicaRoleResponse(_message.Message):
+    """SetReplicaRoleResponse is empty."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___SetReplicaRoleResponse: _TypeAlias = SetReplicaRoleResponse  # noqa: Y015
 
 @_typing.final
 class DrainReplicaRequest(_message.Message):

@@ -60,6 +60,11 @@ class AgentServiceStub(object):
                 request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferRequest.SerializeToString,
                 response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferResponse.FromString,
                 _registered_method=True)
+        self.SetReplicaRole = channel.unary_unary(
+                '/layercast.agent.v1alpha1.AgentService/SetReplicaRole',
+                request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleRequest.SerializeToString,
+                response_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleResponse.FromString,
+                _registered_method=True)
         self.DrainReplica = channel.unary_unary(
                 '/layercast.agent.v1alpha1.AgentService/DrainReplica',
                 request_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.DrainReplicaRequest.SerializeToString,
@@ -152,6 +157,20 @@ class AgentServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetReplicaRole(self, request, context):
+        """SetReplicaRole says what a replica does for requests from now on. It holds the
+        same parameters in every role, so nothing is loaded. Becoming one that decodes,
+        it gives what waits back to its gateways; what runs goes on. Post-condition:
+        the role is in GetStatus. A later call replaces the one before.
+
+        | condition                | code                | the caller then                  |
+        |--------------------------|---------------------|----------------------------------|
+        | replica unknown          | NOT_FOUND           | observes again                   |
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def DrainReplica(self, request, context):
         """DrainReplica stops new work: queued requests go back to their gateways at
         once, running ones may finish until the grace ends and are then given back
@@ -230,6 +249,11 @@ def add_AgentServiceServicer_to_server(servicer, server):
                     servicer.StartTransfer,
                     request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferRequest.FromString,
                     response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferResponse.SerializeToString,
+            ),
+            'SetReplicaRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetReplicaRole,
+                    request_deserializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleRequest.FromString,
+                    response_serializer=layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleResponse.SerializeToString,
             ),
             'DrainReplica': grpc.unary_unary_rpc_method_handler(
                     servicer.DrainReplica,
@@ -388,6 +412,33 @@ class AgentService(object):
             '/layercast.agent.v1alpha1.AgentService/StartTransfer',
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferRequest.SerializeToString,
             layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.StartTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetReplicaRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.agent.v1alpha1.AgentService/SetReplicaRole',
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleRequest.SerializeToString,
+            layercast_dot_agent_dot_v1alpha1_dot_agent__pb2.SetReplicaRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

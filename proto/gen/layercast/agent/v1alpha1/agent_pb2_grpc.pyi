@@ -83,6 +83,16 @@ class AgentServiceStub:
     | replica unknown          | NOT_FOUND           | observes again                   |
     | another transfer runs    | FAILED_PRECONDITION | observes again                   |
     """
+    SetReplicaRole: _grpc.UnaryUnaryMultiCallable[_agent_pb2.SetReplicaRoleRequest, _agent_pb2.SetReplicaRoleResponse]
+    """SetReplicaRole says what a replica does for requests from now on. It holds the
+    same parameters in every role, so nothing is loaded. Becoming one that decodes,
+    it gives what waits back to its gateways; what runs goes on. Post-condition:
+    the role is in GetStatus. A later call replaces the one before.
+
+    | condition                | code                | the caller then                  |
+    |--------------------------|---------------------|----------------------------------|
+    | replica unknown          | NOT_FOUND           | observes again                   |
+    """
     DrainReplica: _grpc.UnaryUnaryMultiCallable[_agent_pb2.DrainReplicaRequest, _agent_pb2.DrainReplicaResponse]
     """DrainReplica stops new work: queued requests go back to their gateways at
     once, running ones may finish until the grace ends and are then given back
@@ -169,6 +179,16 @@ class AgentServiceAsyncStub(AgentServiceStub):
     |--------------------------|---------------------|----------------------------------|
     | replica unknown          | NOT_FOUND           | observes again                   |
     | another transfer runs    | FAILED_PRECONDITION | observes again                   |
+    """
+    SetReplicaRole: _aio.UnaryUnaryMultiCallable[_agent_pb2.SetReplicaRoleRequest, _agent_pb2.SetReplicaRoleResponse]  # type: ignore[assignment]
+    """SetReplicaRole says what a replica does for requests from now on. It holds the
+    same parameters in every role, so nothing is loaded. Becoming one that decodes,
+    it gives what waits back to its gateways; what runs goes on. Post-condition:
+    the role is in GetStatus. A later call replaces the one before.
+
+    | condition                | code                | the caller then                  |
+    |--------------------------|---------------------|----------------------------------|
+    | replica unknown          | NOT_FOUND           | observes again                   |
     """
     DrainReplica: _aio.UnaryUnaryMultiCallable[_agent_pb2.DrainReplicaRequest, _agent_pb2.DrainReplicaResponse]  # type: ignore[assignment]
     """DrainReplica stops new work: queued requests go back to their gateways at
@@ -283,6 +303,22 @@ class AgentServiceServicer(metaclass=_abc_1.ABCMeta):
         |--------------------------|---------------------|----------------------------------|
         | replica unknown          | NOT_FOUND           | observes again                   |
         | another transfer runs    | FAILED_PRECONDITION | observes again                   |
+        """
+
+    @_abc_1.abstractmethod
+    def SetReplicaRole(
+        self,
+        request: _agent_pb2.SetReplicaRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_agent_pb2.SetReplicaRoleResponse, _abc.Awaitable[_agent_pb2.SetReplicaRoleResponse]]:
+        """SetReplicaRole says what a replica does for requests from now on. It holds the
+        same parameters in every role, so nothing is loaded. Becoming one that decodes,
+        it gives what waits back to its gateways; what runs goes on. Post-condition:
+        the role is in GetStatus. A later call replaces the one before.
+
+        | condition                | code                | the caller then                  |
+        |--------------------------|---------------------|----------------------------------|
+        | replica unknown          | NOT_FOUND           | observes again                   |
         """
 
     @_abc_1.abstractmethod

@@ -187,6 +187,7 @@ class Request(_message.Message):
     GENERATED_TOKEN_IDS_FIELD_NUMBER: _builtins.int
     SAMPLING_FIELD_NUMBER: _builtins.int
     ARRIVED_AT_FIELD_NUMBER: _builtins.int
+    DECODE_AT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """Unique for all gateways and all time."""
     gateway_id: _builtins.str
@@ -213,6 +214,13 @@ class Request(_message.Message):
     def arrived_at(self) -> _timestamp_pb2.Timestamp:
         """When the gateway accepted it; the order of service everywhere."""
 
+    @_builtins.property
+    def decode_at(self) -> Global___DecodePlace:
+        """Prefill/decode disaggregation: whoever computes the prompt hands the request
+        over to this replica, which goes on after the first token. Absent: it stays.
+        A wish: where it cannot be followed the request goes on where it is.
+        """
+
     def __init__(
         self,
         *,
@@ -224,14 +232,41 @@ class Request(_message.Message):
         generated_token_ids: _abc.Iterable[_builtins.int] | None = ...,
         sampling: Global___Sampling | None = ...,
         arrived_at: _timestamp_pb2.Timestamp | None = ...,
+        decode_at: Global___DecodePlace | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "sampling", b"sampling"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "decode_at", b"decode_at", "sampling", b"sampling"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "attempt", b"attempt", "gateway_id", b"gateway_id", "generated_token_ids", b"generated_token_ids", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["arrived_at", b"arrived_at", "attempt", b"attempt", "decode_at", b"decode_at", "gateway_id", b"gateway_id", "generated_token_ids", b"generated_token_ids", "model", b"model", "prompt_token_ids", b"prompt_token_ids", "request_id", b"request_id", "sampling", b"sampling"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Request: _TypeAlias = Request  # noqa: Y015
+
+@_typing.final
+class DecodePlace(_message.Message):
+    """DecodePlace is a serving replica of the same checkpoint."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REPLICA_ID_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    replica_id: _builtins.str
+    """Its id."""
+    address: _builtins.str
+    """host:port of its EngineService and PeerService."""
+    def __init__(
+        self,
+        *,
+        replica_id: _builtins.str = ...,
+        address: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replica_id", b"replica_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DecodePlace: _TypeAlias = DecodePlace  # noqa: Y015
 
 @_typing.final
 class Sampling(_message.Message):

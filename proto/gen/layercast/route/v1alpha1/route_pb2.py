@@ -24,23 +24,25 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$layercast/route/v1alpha1/route.proto\x12\x18layercast.route.v1alpha1\"(\n\x12WatchRoutesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"K\n\x13WatchRoutesResponse\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.layercast.route.v1alpha1.ModelRoute\"\xa7\x01\n\nModelRoute\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1a\n\x12\x63ontext_length_max\x18\x03 \x01(\r\x12\x35\n\tendpoints\x18\x04 \x03(\x0b\x32\".layercast.route.v1alpha1.Endpoint\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x06 \x01(\x03\"g\n\x08\x45ndpoint\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.layercast.route.v1alpha1.EndpointState*\x9d\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NDPOINT_STATE_LOADING\x10\x01\x12\x1a\n\x16\x45NDPOINT_STATE_SERVING\x10\x02\x12\x1b\n\x17\x45NDPOINT_STATE_DRAINING\x10\x03\x12\x17\n\x13\x45NDPOINT_STATE_LIVE\x10\x04\x32|\n\x0cRouteService\x12l\n\x0bWatchRoutes\x12,.layercast.route.v1alpha1.WatchRoutesRequest\x1a-.layercast.route.v1alpha1.WatchRoutesResponse0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n$layercast/route/v1alpha1/route.proto\x12\x18layercast.route.v1alpha1\"(\n\x12WatchRoutesRequest\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"K\n\x13WatchRoutesResponse\x12\x34\n\x06models\x18\x01 \x03(\x0b\x32$.layercast.route.v1alpha1.ModelRoute\"\xa7\x01\n\nModelRoute\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0e\n\x06\x64igest\x18\x02 \x01(\t\x12\x1a\n\x12\x63ontext_length_max\x18\x03 \x01(\r\x12\x35\n\tendpoints\x18\x04 \x03(\x0b\x32\".layercast.route.v1alpha1.Endpoint\x12\x0f\n\x07message\x18\x05 \x01(\t\x12\x16\n\x0e\x63reated_unix_s\x18\x06 \x01(\x03\"\x9d\x01\n\x08\x45ndpoint\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x36\n\x05state\x18\x03 \x01(\x0e\x32\'.layercast.route.v1alpha1.EndpointState\x12\x34\n\x04role\x18\x04 \x01(\x0e\x32&.layercast.route.v1alpha1.EndpointRole*b\n\x0c\x45ndpointRole\x12\x1d\n\x19\x45NDPOINT_ROLE_UNSPECIFIED\x10\x00\x12\x19\n\x15\x45NDPOINT_ROLE_PREFILL\x10\x01\x12\x18\n\x14\x45NDPOINT_ROLE_DECODE\x10\x02*\x9d\x01\n\rEndpointState\x12\x1e\n\x1a\x45NDPOINT_STATE_UNSPECIFIED\x10\x00\x12\x1a\n\x16\x45NDPOINT_STATE_LOADING\x10\x01\x12\x1a\n\x16\x45NDPOINT_STATE_SERVING\x10\x02\x12\x1b\n\x17\x45NDPOINT_STATE_DRAINING\x10\x03\x12\x17\n\x13\x45NDPOINT_STATE_LIVE\x10\x04\x32|\n\x0cRouteService\x12l\n\x0bWatchRoutes\x12,.layercast.route.v1alpha1.WatchRoutesRequest\x1a-.layercast.route.v1alpha1.WatchRoutesResponse0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'layercast.route.v1alpha1.route_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ENDPOINTSTATE']._serialized_start=461
-  _globals['_ENDPOINTSTATE']._serialized_end=618
+  _globals['_ENDPOINTROLE']._serialized_start=515
+  _globals['_ENDPOINTROLE']._serialized_end=613
+  _globals['_ENDPOINTSTATE']._serialized_start=616
+  _globals['_ENDPOINTSTATE']._serialized_end=773
   _globals['_WATCHROUTESREQUEST']._serialized_start=66
   _globals['_WATCHROUTESREQUEST']._serialized_end=106
   _globals['_WATCHROUTESRESPONSE']._serialized_start=108
   _globals['_WATCHROUTESRESPONSE']._serialized_end=183
   _globals['_MODELROUTE']._serialized_start=186
   _globals['_MODELROUTE']._serialized_end=353
-  _globals['_ENDPOINT']._serialized_start=355
-  _globals['_ENDPOINT']._serialized_end=458
-  _globals['_ROUTESERVICE']._serialized_start=620
-  _globals['_ROUTESERVICE']._serialized_end=744
+  _globals['_ENDPOINT']._serialized_start=356
+  _globals['_ENDPOINT']._serialized_end=513
+  _globals['_ROUTESERVICE']._serialized_start=775
+  _globals['_ROUTESERVICE']._serialized_end=899
 # @@protoc_insertion_point(module_scope)

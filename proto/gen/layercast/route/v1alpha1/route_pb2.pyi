@@ -19,6 +19,32 @@ else:
 
 DESCRIPTOR: _descriptor.FileDescriptor
 
+class _EndpointRole:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _EndpointRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_EndpointRole.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    ENDPOINT_ROLE_UNSPECIFIED: _EndpointRole.ValueType  # 0
+    """Whole requests."""
+    ENDPOINT_ROLE_PREFILL: _EndpointRole.ValueType  # 1
+    """Give it new requests, and name a replica where they go on."""
+    ENDPOINT_ROLE_DECODE: _EndpointRole.ValueType  # 2
+    """Name it for requests that others begin."""
+
+class EndpointRole(_EndpointRole, metaclass=_EndpointRoleEnumTypeWrapper):
+    """EndpointRole says for which part of a request a replica is there. A wish: when
+    no other replica serves, any of them takes whole requests.
+    """
+
+ENDPOINT_ROLE_UNSPECIFIED: EndpointRole.ValueType  # 0
+"""Whole requests."""
+ENDPOINT_ROLE_PREFILL: EndpointRole.ValueType  # 1
+"""Give it new requests, and name a replica where they go on."""
+ENDPOINT_ROLE_DECODE: EndpointRole.ValueType  # 2
+"""Name it for requests that others begin."""
+Global___EndpointRole: _TypeAlias = EndpointRole  # noqa: Y015
+
 class _EndpointState:
     ValueType = _typing.NewType("ValueType", _builtins.int)
     V: _TypeAlias = ValueType  # noqa: Y015
@@ -154,22 +180,26 @@ class Endpoint(_message.Message):
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     ADDRESS_FIELD_NUMBER: _builtins.int
     STATE_FIELD_NUMBER: _builtins.int
+    ROLE_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """The replica."""
     address: _builtins.str
     """host:port of its EngineService."""
     state: Global___EndpointState.ValueType
     """Whether it may be given new requests."""
+    role: Global___EndpointRole.ValueType
+    """For which part of a request it is there."""
     def __init__(
         self,
         *,
         replica_id: _builtins.str = ...,
         address: _builtins.str = ...,
         state: Global___EndpointState.ValueType = ...,
+        role: Global___EndpointRole.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replica_id", b"replica_id", "state", b"state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "replica_id", b"replica_id", "role", b"role", "state", b"state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -50,6 +50,11 @@ class WorkerServiceStub(object):
                 request_serializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferRequest.SerializeToString,
                 response_deserializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferResponse.FromString,
                 _registered_method=True)
+        self.SetRole = channel.unary_unary(
+                '/layercast.worker.v1alpha1.WorkerService/SetRole',
+                request_serializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+                response_deserializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleResponse.FromString,
+                _registered_method=True)
         self.BeginDrain = channel.unary_unary(
                 '/layercast.worker.v1alpha1.WorkerService/BeginDrain',
                 request_serializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginDrainRequest.SerializeToString,
@@ -89,6 +94,13 @@ class WorkerServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def SetRole(self, request, context):
+        """SetRole says what the replica does for requests; as AgentService.SetReplicaRole.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def BeginDrain(self, request, context):
         """BeginDrain stops new work; as AgentService.DrainReplica.
         """
@@ -120,6 +132,11 @@ def add_WorkerServiceServicer_to_server(servicer, server):
                     servicer.BeginTransfer,
                     request_deserializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferRequest.FromString,
                     response_serializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferResponse.SerializeToString,
+            ),
+            'SetRole': grpc.unary_unary_rpc_method_handler(
+                    servicer.SetRole,
+                    request_deserializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleRequest.FromString,
+                    response_serializer=layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleResponse.SerializeToString,
             ),
             'BeginDrain': grpc.unary_unary_rpc_method_handler(
                     servicer.BeginDrain,
@@ -214,6 +231,33 @@ class WorkerService(object):
             '/layercast.worker.v1alpha1.WorkerService/BeginTransfer',
             layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferRequest.SerializeToString,
             layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.BeginTransferResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def SetRole(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/layercast.worker.v1alpha1.WorkerService/SetRole',
+            layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleRequest.SerializeToString,
+            layercast_dot_worker_dot_v1alpha1_dot_worker__pb2.SetRoleResponse.FromString,
             options,
             channel_credentials,
             insecure,

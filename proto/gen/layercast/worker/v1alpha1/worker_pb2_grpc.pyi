@@ -45,6 +45,8 @@ class WorkerServiceStub:
     """BeginTransfer starts or improves the transfer of the assigned replica; codes
     as AgentService.StartTransfer.
     """
+    SetRole: _grpc.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]
+    """SetRole says what the replica does for requests; as AgentService.SetReplicaRole."""
     BeginDrain: _grpc.UnaryUnaryMultiCallable[_worker_pb2.BeginDrainRequest, _worker_pb2.BeginDrainResponse]
     """BeginDrain stops new work; as AgentService.DrainReplica."""
     UnassignReplica: _grpc.UnaryUnaryMultiCallable[_worker_pb2.UnassignReplicaRequest, _worker_pb2.UnassignReplicaResponse]
@@ -65,6 +67,8 @@ class WorkerServiceAsyncStub(WorkerServiceStub):
     """BeginTransfer starts or improves the transfer of the assigned replica; codes
     as AgentService.StartTransfer.
     """
+    SetRole: _aio.UnaryUnaryMultiCallable[_worker_pb2.SetRoleRequest, _worker_pb2.SetRoleResponse]  # type: ignore[assignment]
+    """SetRole says what the replica does for requests; as AgentService.SetReplicaRole."""
     BeginDrain: _aio.UnaryUnaryMultiCallable[_worker_pb2.BeginDrainRequest, _worker_pb2.BeginDrainResponse]  # type: ignore[assignment]
     """BeginDrain stops new work; as AgentService.DrainReplica."""
     UnassignReplica: _aio.UnaryUnaryMultiCallable[_worker_pb2.UnassignReplicaRequest, _worker_pb2.UnassignReplicaResponse]  # type: ignore[assignment]
@@ -100,6 +104,14 @@ class WorkerServiceServicer(metaclass=_abc_1.ABCMeta):
         """BeginTransfer starts or improves the transfer of the assigned replica; codes
         as AgentService.StartTransfer.
         """
+
+    @_abc_1.abstractmethod
+    def SetRole(
+        self,
+        request: _worker_pb2.SetRoleRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_worker_pb2.SetRoleResponse, _abc.Awaitable[_worker_pb2.SetRoleResponse]]:
+        """SetRole says what the replica does for requests; as AgentService.SetReplicaRole."""
 
     @_abc_1.abstractmethod
     def BeginDrain(
