@@ -114,8 +114,7 @@ def feed(
     hungry = {r.replica_id: why for r in replicas if (why := _need(r, snapshot, model.name, feeds))}
     sources = _live_sources(replicas, snapshot) if policy is ScalePolicy.LIVE else []
     if sources and not has_leader(replicas):
-        forwarding = {_upstream(r, feeds) for r in replicas if r.arriving} if divided else set()
-        hungry = {i: why for i, why in _alone(replicas, snapshot).items() if i not in forwarding} | hungry
+        hungry = _alone(replicas, snapshot, feeds, divided=divided) | hungry
     leaderless = policy is ScalePolicy.LIVE and not sources and not has_leader(replicas)
     if leaderless and not hungry:
         hungry = _led_again(replicas, snapshot)
@@ -130,12 +129,7 @@ def feed(
         if snapshot.at - since < MEMBERS_WAIT_S:
             names = ", ".join(absent) or "replicas that are being started"
             return Feeding(unfed=f"waits for {names}, to load different parts", waits_for_members=True)
-    running = [
-        Running(target=target, upstream=_upstream(r, feeds))
-        for r in replicas
-        if r.arriving and r.replica_id not in hungry
-        if (target := _target(r, snapshot, divided=divided)) is not None
-    ]
+    running = _running([r for r in replicas if r.replica_id not in hungry], snapshot, feeds, divided=divided)
     holders = _sending(holders_of(snapshot, resolved.digest), replicas if divided else ())
     plan = plan_multicast(
         holders=holders,
@@ -205,18 +199,37 @@ def _actions(
     return actions
 
 
-def _alone(replicas: Sequence[Replica], snapshot: Snapshot) -> dict[str, str]:
-    """Replicas that load since nobody was complete, and execute nothing: whoever is complete can share with them."""
+def _alone(
+    replicas: Sequence[Replica], snapshot: Snapshot, feeds: Mapping[str, Feed], *, divided: bool
+) -> dict[str, str]:
+    """Replicas that load since nobody was complete, and execute nothing: whoever is complete can share with them.
+
+    Not those from which others read while the KV of prompts would leave them in the same direction.
+    """
+    forwarding = {_upstream(r, feeds) for r in replicas if r.arriving} if divided else set()
     return {
         r.replica_id: ALONE
         for r in replicas
         if r.state is ReplicaState.LOADING
+        and r.replica_id not in forwarding
         and r.peer.address
         and r.transfer is not None
         and not _young(r, snapshot)
         and (node := snapshot.node(r.node)) is not None
         and node.fresh
     }
+
+
+def _running(
+    replicas: Sequence[Replica], snapshot: Snapshot, feeds: Mapping[str, Feed], *, divided: bool
+) -> list[Running]:
+    """Those that are being fed."""
+    return [
+        Running(target=target, upstream=_upstream(r, feeds))
+        for r in replicas
+        if r.arriving
+        if (target := _target(r, snapshot, divided=divided)) is not None
+    ]
 
 
 def _young(replica: Replica, snapshot: Snapshot) -> bool:
