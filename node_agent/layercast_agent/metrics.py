@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 ANSWER_S = 2.0
 """How long the asyncio thread may take; shorter than every scraper's and probe's own limit."""
 
-SHUTDOWN_POLL_S = 0.1
+SHUTDOWN_POLL_S = 0.5
 
 USABLE = (pb.WORKER_STATE_IDLE, pb.WORKER_STATE_ASSIGNED)
 

@@ -118,6 +118,7 @@ class Worker:
         self._verdict = Verdict(state=agent_pb2.WORKER_STATE_WARMING)
         self._deaths = 0
         self._closing = asyncio.Event()
+        self._busy = asyncio.Event()  # it warms up or has a replica
         self._polling = asyncio.Lock()  # answers are kept in the order of their questions
         self._log_path = settings.run_dir / f"worker-{slot.device_id}.log"
         self._pid_path = settings.run_dir / f"worker-{slot.device_id}.pid"
@@ -200,6 +201,10 @@ class Worker:
             except grpc.aio.AioRpcError:
                 return False
             life.status, life.silent_s, life.warm = status, 0.0, life.warm or status.warm
+            if status.HasField("replica") or not life.warm:
+                self._busy.set()
+            else:
+                self._busy.clear()
             self._look(life)
             return True
 
@@ -309,11 +314,20 @@ class Worker:
     async def _watch(self, life: _Life, ended: asyncio.Task[int]) -> None:
         """Polls until the process has ended."""
         clock = asyncio.get_running_loop().time
-        turn_s_max = self._limits.poll_deadline_s + self._limits.poll_interval_s
+        limits = self._limits
         began = clock()
         while not ended.done():
             answered = await self.refresh()
-            await asyncio.wait({ended}, timeout=self._limits.poll_interval_s)
+            turn_s_max = limits.poll_deadline_s + limits.idle_interval_s
+            if self._busy.is_set() or not answered:
+                turn_s_max = limits.poll_deadline_s + limits.poll_interval_s
+                await asyncio.wait({ended}, timeout=limits.poll_interval_s)
+            else:
+                busy = asyncio.ensure_future(self._busy.wait())
+                await asyncio.wait(
+                    {ended, busy}, timeout=limits.idle_interval_s, return_when=asyncio.FIRST_COMPLETED
+                )
+                busy.cancel()
             now = clock()
             if not answered:
                 life.silent_s += min(now - began, turn_s_max)

@@ -52,7 +52,9 @@ def settings(tmp_path: Path) -> Settings:
 @pytest.fixture
 def limits() -> WorkerLimits:
     """An impatient agent."""
-    return WorkerLimits(poll_interval_s=0.02, poll_deadline_s=0.3, silent_s=2.0, restart_delay_s=0.05)
+    return WorkerLimits(
+        poll_interval_s=0.02, idle_interval_s=0.02, poll_deadline_s=0.3, silent_s=2.0, restart_delay_s=0.05
+    )
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from layercast.agent.v1alpha1 import agent_pb2 as pb
+from layercast.worker.v1alpha1 import worker_pb2
 
 from layercast_agent.health import WorkerLimits
 from layercast_agent.settings import AgentSettings, device_slots
@@ -67,6 +68,21 @@ async def test_warms_up_with_its_flags(
     assert not (chosen.run_dir / "worker-cpu:0.pid").exists()
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+async def test_one_that_is_idle_is_asked_seldom_until_it_gets_a_replica(
+    settings: Settings, limits: WorkerLimits, eventually: Eventually
+) -> None:
+    async with started(settings(), replace(limits, idle_interval_s=3600)) as worker:
+        await eventually(lambda: worker.state == pb.WORKER_STATE_IDLE)
+        wanted = pb.StartReplicaRequest(replica_id="r", model="m", digest="d")
+        await worker.assign(worker_pb2.AssignReplicaRequest(replica=wanted), deadline_s=5)
+        # What happens to the replica is seen without a question of ours.
+        begun = pb.StartTransferRequest(replica_id="r", transfer_id="t", generation=1)
+        await worker.begin_transfer(worker_pb2.BeginTransferRequest(transfer=begun), deadline_s=5)
+        await eventually(
+            lambda: worker.replica is not None and worker.replica.state == pb.REPLICA_STATE_SERVING
+        )
 
 
 async def test_a_killed_worker_is_started_again(
