@@ -53,7 +53,9 @@ class Node:
         self._manifest = manifest
         self._source = content is not None
         sizes = [segment.nbytes for segment in manifest.segments]
-        self._memories = [HostMemory(item) for item in (content or sizes)]
+        self._memories = [HostMemory(nbytes) for nbytes in sizes]
+        for memory, data in zip(self._memories, content or (), strict=False):
+            memory.view(0, memory.nbytes)[:] = data
         self._host = host
         self._table = RegionTable()
         self._regions: list[RegionRef] = []

@@ -182,6 +182,16 @@ FLEET = (
         stacked=True,
     ),
     Panel(
+        title="Parameters by transport",
+        unit="Bps",
+        queries={
+            "{{transport}}": f"sum by (transport) (rate(layercast_agent_parameter_read_bytes_total{RATE}))"
+        },
+        about="What carries verified parameter bytes: rdma, tcp, shm (the node's own host memory) or disk. tcp where "
+        "rdma is expected: the RDMAReady condition and layercast_agent_rdma say why.",
+        stacked=True,
+    ),
+    Panel(
         title="KV pages",
         unit="short",
         queries={"{{state}}": "sum by (state) (layercast_agent_replica_kv_pages)"},

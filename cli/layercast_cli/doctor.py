@@ -31,7 +31,7 @@ class Line:
 def examine(seen: Installation) -> list[Line]:
     """All findings, in the order in which one thing needs the other."""
     checks: tuple[Callable[[Installation], Iterator[Line]], ...] = (
-        _definition, _rights, _pods, _leader, _reached, _certificates, _prometheus, _services,
+        _definition, _rights, _pods, _leader, _reached, _certificates, _rdma, _prometheus, _services,
     )  # fmt: skip
     first = Line(
         what="API server", well=True, told=f"{seen.version}; the installation is in {seen.namespace}"
@@ -182,6 +182,32 @@ def _certificates(seen: Installation) -> Iterator[Line]:
     if silent:
         told = f"not to be known of {', '.join(silent)}: no metrics"
         yield Line(what="certificates", well=None, told=told)
+
+
+def _rdma(seen: Installation) -> Iterator[Line]:
+    """By which way agents read parameters; a fault only where RDMA was demanded."""
+    agents = [page for page in seen.pages if page.component == "agent"]
+    found = [
+        (f"{page.pod} {labels['device']}", labels["reason"], value == 1)
+        for page in agents
+        for labels, value in page.of("layercast_agent_rdma")
+    ]
+    missed = {
+        f"{page.pod} {labels['device']}"
+        for page in agents
+        for labels, value in page.of("layercast_agent_rdma_missed")
+        if value == 1
+    }
+    without = [(place, reason) for place, reason, used in found if not used]
+    if not found:
+        return
+    if not without:
+        yield Line(what="RDMA", well=True, told=f"{words.count(len(found), 'device')} read by it")
+        return
+    shown = next((each for each in without if each[0] in missed), without[0])
+    told = f"{len(without)} of {words.count(len(found), 'device')} read by tcp; {shown[0]}: {shown[1]}"
+    remedy = "docs/runbooks.md#parameters-do-not-come-by-rdma"
+    yield Line(what="RDMA", well=False if missed else None, told=told, remedy=remedy if missed else "")
 
 
 def _prometheus(seen: Installation) -> Iterator[Line]:

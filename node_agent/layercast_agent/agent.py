@@ -317,16 +317,16 @@ class Agent:
         )
 
     def _device(self, worker: Worker) -> pb.Device:
-        device_id = worker.slot.device_id
         occupants = [i for i, a in self._assignments.items() if a.worker is worker]
         taken = bool(occupants) and worker.state == pb.WORKER_STATE_IDLE
         return pb.Device(
-            device_id=device_id,
+            device_id=worker.slot.device_id,
             memory_bytes=worker.memory_bytes,
             worker_state=pb.WORKER_STATE_ASSIGNED if taken else worker.state,
             error=worker.error,
             replica_id=occupants[0] if occupants else "",
             worker_pid=worker.pid,
+            reads=worker.reads,
         )
 
     def _replicas(self) -> Iterator[pb.Replica]:

@@ -62,6 +62,10 @@ class ArenaMemory:
             return self.arena.data[at : at + nbytes]
         return memoryview(b"".join(bytes(part) for part in self._parts(offset, nbytes)))
 
+    def lasts(self, offset: int, nbytes: int) -> bool:
+        """Whether `view` is no copy."""
+        return self.locate(offset, nbytes) is not None
+
     def staging(self, offset: int, nbytes: int) -> memoryview:
         """The memory itself: what is received is already in place."""
         if self.locate(offset, nbytes) is None:

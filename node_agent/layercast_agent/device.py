@@ -60,6 +60,10 @@ class DeviceMemory:
         self._copy(host, self.tensor[offset : offset + nbytes], self._streams[0])
         return host.numpy().data
 
+    def lasts(self, offset: int, nbytes: int) -> bool:
+        """On a CPU. A copy's pinned memory is another chunk's as soon as it is not looked at any more."""
+        return self._host is not None
+
     def staging(self, offset: int, nbytes: int) -> memoryview:
         """Writable host memory for the incoming bytes of that range; `commit` puts them there."""
         self._check(offset, nbytes)

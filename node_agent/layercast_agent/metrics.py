@@ -97,6 +97,7 @@ def families(seen: Observation) -> Iterator[Metric]:
         )
         expiry.add_metric(["agent"], seen.certificate_expires_at)
         yield expiry
+    yield from _reads(seen.status)
     yield from _arriving(seen.status.replicas)
     yield from _memory(seen.status.replicas)
     yield from _foreseen(seen.status.replicas)
@@ -123,6 +124,30 @@ def _disk(status: pb.GetStatusResponse) -> Iterator[Metric]:
         "Read rate of the store, measured at start; 0 until then.",
         value=status.disk_bytes_per_s,
     )
+
+
+def _reads(status: pb.GetStatusResponse) -> Iterator[Metric]:
+    """Which way parameters come, and why not the fastest one."""
+    used = GaugeMetricFamily(
+        "layercast_agent_rdma", "1: peers are read by RDMA; 0: they are not.", labels=["device", "reason"]
+    )
+    missed = GaugeMetricFamily(
+        "layercast_agent_rdma_missed", "1: RDMA was demanded and cannot be used.", labels=["device"]
+    )
+    read = CounterMetricFamily(
+        "layercast_agent_parameter_read_bytes",
+        "Verified parameter bytes by transport, of the worker of each device and of the host pool (`host`).",
+        labels=["device", "transport"],
+    )
+    for device in status.devices:
+        if device.HasField("reads"):
+            used.add_metric([device.device_id, device.reads.rdma_reason], device.reads.rdma)
+            missed.add_metric([device.device_id], device.reads.rdma_missed)
+    places = {device.device_id: device.reads.read_bytes for device in status.devices}
+    for place, counts in (*places.items(), ("host", status.host_pool.read_bytes)):
+        for transport, nbytes in sorted(counts.items()):
+            read.add_metric([place, transport], nbytes)
+    yield from (used, missed, read)
 
 
 def _arriving(replicas: Iterable[pb.Replica]) -> Iterator[Metric]:

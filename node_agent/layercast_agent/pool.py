@@ -22,6 +22,7 @@ from layercast_agent.arena import Arena, ArenaMemory
 from layercast_agent.errors import NoCapacityError
 from layercast_agent.holdings import MEMORY_RANK, Holding, Holdings
 from layercast_agent.layout import Manifest
+from layercast_agent.read_bytes import ReadBytes
 from layercast_agent.regions import RegionTable
 from layercast_agent.residency import Residency
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
@@ -80,6 +81,7 @@ class HostPool:
         self._token = token
         self._lock = threading.Lock()
         self._copies: dict[str, _Copy] = {}
+        self.read_bytes = ReadBytes()
 
     def holds(self, digest: str) -> bool:
         """Whether chunks of a checkpoint can be read here, all of them or some."""
@@ -168,6 +170,7 @@ class HostPool:
             touched_bytes=self.arena.touched_bytes,
             huge_pages=self.arena.huge,
             copies=[self._status(copy) for copy in copies],
+            read_bytes=self.read_bytes.by_transport(),
         )
 
     def close(self) -> None:
@@ -205,6 +208,7 @@ class HostPool:
             segment_order=(),
             token=self._token,
             tls=self._tls,
+            read_bytes=self.read_bytes,
             on_segment=lambda segment: None,
             on_end=lambda outcome: self._ended(manifest.digest, outcome),
         )

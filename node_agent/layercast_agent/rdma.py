@@ -65,9 +65,14 @@ def judge(fabric: Fabric, asked: Rdma) -> Verdict:
         return Verdict(use=False, reason="RDMA is turned off", loud=False)
     problem = _problem(fabric)
     if problem:
-        return Verdict(use=False, reason=problem, loud=asked is Rdma.REQUIRE)
+        return refused(problem, asked)
     active = ", ".join(f"{port.device}:{port.number}" for port in fabric.ports if port.state == "ACTIVE")
     return Verdict(use=True, reason=f"RDMA by {active}", loud=False)
+
+
+def refused(problem: str, asked: Rdma) -> Verdict:
+    """It cannot be used; whether that is more than a remark depends on what was asked."""
+    return Verdict(use=False, reason=problem, loud=asked is Rdma.REQUIRE)
 
 
 def _problem(fabric: Fabric) -> str:

@@ -4,7 +4,7 @@ Peers read memory of this process (parameters, and the state of requests that mo
 A region names such memory by (id, epoch). Two things must never happen: that a peer reads memory which has
 been freed and means something else by now, and that memory is freed while a peer still reads it. So every
 read goes through `RegionTable.reading`, which checks the name and the range and counts the reader, and
-`remove` first fences the region, then waits for its readers.
+`remove` first fences the region, then waits for its readers, and for bytes that were sent by reference to have left.
 
 Ids are never used twice in a process, and the epoch differs between two starts of a process, so a name that
 was learnt from a dead process is refused by its successor on the same port.
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import secrets
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,9 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from layercast_agent.errors import NoCapacityError, RegionFencedError
+from layercast_agent.host_memory import allocate
+
+LENT_POLL_S = 0.005
 
 
 class ReadableMemory(Protocol):
@@ -49,6 +53,14 @@ class WritableMemory(ReadableMemory, Protocol):
         """Make the staged bytes visible in the memory itself."""
 
 
+@runtime_checkable
+class LastingMemory(ReadableMemory, Protocol):
+    """Memory whose bytes may be sent by reference, that is, read by the kernel some time after a read has ended."""
+
+    def lasts(self, offset: int, nbytes: int) -> bool:
+        """Whether `view` of that range is the memory itself, and nobody writes there while a region names it."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Location:
     """Where memory lies that a network card may read or write by itself."""
@@ -72,12 +84,12 @@ class AdoptingMemory(WritableMemory, Protocol):
 
 
 class HostMemory:
-    """Plain host memory, zeroed, or the given bytes without a copy; for request state and for tests."""
+    """Host memory as a worker's on a CPU, zeroed, or the given bytes without a copy: for benchmarks and tests."""
 
     in_place = True
 
     def __init__(self, source: int | bytearray) -> None:
-        self._bytes = bytearray(source) if isinstance(source, int) else source
+        self._bytes = allocate(source) if isinstance(source, int) else memoryview(source)
         self.nbytes = len(self._bytes)
 
     def location(self) -> Location:
@@ -86,7 +98,11 @@ class HostMemory:
 
     def view(self, offset: int, nbytes: int) -> memoryview:
         """The bytes themselves."""
-        return memoryview(self._bytes)[offset : offset + nbytes]
+        return self._bytes[offset : offset + nbytes]
+
+    def lasts(self, offset: int, nbytes: int) -> bool:
+        """As parameters do."""
+        return True
 
     def staging(self, offset: int, nbytes: int) -> memoryview:
         """The bytes themselves: what is received is already in place."""
@@ -128,6 +144,9 @@ class RegionTable:
         self._changed = threading.Condition()
         self.on_remove: Callable[[int], None] = lambda region_id: None
         """Called by `remove` when a region has no readers any more, before its memory may be reused."""
+
+        self.lent: Callable[[int], bool] = lambda region_id: False
+        """Whether bytes of a region without readers are still on their way out of its memory itself."""
 
     def memory(self, region_id: int) -> ReadableMemory:
         """The memory of a region. RegionFencedError when it is not readable any more."""
@@ -192,9 +211,10 @@ class RegionTable:
         """Refuse new reads at once, then wait for the current ones. Unknown ids succeed.
 
         Raises:
-            NoCapacityError: somebody still reads after `deadline_s`; the region stays fenced, the memory
-                must not be reused yet, and the call may be repeated.
+            NoCapacityError: somebody still reads, or bytes are still on their way, after `deadline_s`; the region
+                stays fenced, the memory must not be reused yet, and the call may be repeated.
         """
+        end = time.monotonic() + deadline_s
         with self._changed:
             entry = self._entries.get(region_id)
             if entry is None:
@@ -204,6 +224,12 @@ class RegionTable:
                 raise NoCapacityError(
                     f"region {region_id} is still being read by {entry.readers} after {deadline_s} s"
                 )
+        while self.lent(region_id):
+            if time.monotonic() >= end:
+                raise NoCapacityError(
+                    f"bytes of region {region_id} are still being sent after {deadline_s} s"
+                )
+            time.sleep(LENT_POLL_S)
         self.on_remove(region_id)
         with self._changed:
             self._entries.pop(region_id, None)

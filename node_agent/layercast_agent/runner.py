@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from layercast_agent import transfer_events as ev
 from layercast_agent.errors import NoCapacityError
 from layercast_agent.layout import Manifest
+from layercast_agent.read_bytes import ReadBytes
 from layercast_agent.regions import WritableMemory
 from layercast_agent.residency import Residency
 from layercast_agent.tls import Tls
@@ -84,8 +85,10 @@ class TransferDriver:
         post: Post,
         on_segment: Callable[[int], None],
         on_end: Callable[[TransferOutcome], None],
+        on_arrival: Callable[[str, ev.ChunkArrived], None] = lambda transport, event: None,
     ) -> None:
         """`post` brings an event back to `handle`, later and from outside of it."""
+        self._on_arrival = on_arrival
         self.machine = machine
         self.failures: deque[str] = deque(maxlen=FAILURES_MAX)
         self.stall_reason = ""
@@ -115,6 +118,8 @@ class TransferDriver:
             case ev.UpstreamEnded(link=number):
                 self._links.pop(number, None)
                 self._told_bytes.pop(number, None)
+            case ev.ChunkArrived(link=number) if number in self._links:
+                self._on_arrival(self._links[number].transport, event)
             case ev.ChunkCorrupt(link=number, chunk=chunk):
                 self._log(logging.WARNING, "corrupt chunk refused", link=number, chunk=str(chunk))
         self._carry_out(self.machine.receive(event, now))
@@ -236,6 +241,7 @@ class TransferRunner:
         limits: TransferLimits | None = None,
         tls: Tls | None = None,
         plane: NixlPlane | None = None,
+        read_bytes: ReadBytes | None = None,
     ) -> None:
         """Continues from what `residency` has; nothing happens before `start`.
 
@@ -244,7 +250,8 @@ class TransferRunner:
         """
         limits = limits or TransferLimits()
         self._transfer_id = transfer_id
-        self._total_bytes = manifest.nbytes
+        self._manifest, self._limits = manifest, limits
+        self._read_bytes = read_bytes or ReadBytes()
         self._residency = residency
         self._held_bytes = residency.done_bytes
         self._mailbox = Mailbox(MAILBOX_MAX)
@@ -264,21 +271,27 @@ class TransferRunner:
             transfer_id=transfer_id,
             machine=machine,
             residency=residency,
-            open_link=functools.partial(
-                open_link,
-                manifest=manifest,
-                landing=Landing(manifest=manifest, memories=memories),
-                token=token,
-                connect_deadline_s=limits.open_deadline_s,
-                tls=tls,
-                plane=plane,
-                read_deadline_s=limits.progress_deadline_s,
-            ),
+            open_link=self._links_into(memories, token=token, tls=tls, plane=plane),
             post=self._mailbox.post,
             on_segment=on_segment,
             on_end=self._end,
+            on_arrival=self._count,
         )
         self._thread = threading.Thread(target=self._run, name="transfer", daemon=True)
+
+    def _links_into(
+        self, memories: Sequence[WritableMemory], *, token: bytes, tls: Tls | None, plane: NixlPlane | None
+    ) -> OpenLink:
+        return functools.partial(
+            open_link,
+            manifest=self._manifest,
+            landing=Landing(manifest=self._manifest, memories=memories),
+            token=token,
+            connect_deadline_s=self._limits.open_deadline_s,
+            tls=tls,
+            plane=plane,
+            read_deadline_s=self._limits.progress_deadline_s,
+        )
 
     def start(self) -> None:
         """Begin; returns at once."""
@@ -312,7 +325,7 @@ class TransferRunner:
             generation=machine.generation,
             upstream=machine.upstream,
             done_bytes=done_bytes,
-            total_bytes=self._total_bytes,
+            total_bytes=self._manifest.nbytes,
             bytes_per_s=int((done_bytes - self._held_bytes) / elapsed_s) if elapsed_s > 0 else 0,
             failures=tuple(self._driver.failures.copy()),
             stalled=bool(stall_reason),
@@ -333,6 +346,12 @@ class TransferRunner:
                 ticked_at = now
                 driver.handle(ev.Ticked(), now)
         self._mailbox.close()
+
+    def _count(self, transport: str, event: ev.ChunkArrived) -> None:
+        segment = event.chunk.segment
+        _, nbytes = self._manifest.chunk_range(segment, event.chunk.chunk)
+        whole = self._manifest.segments[segment].nbytes
+        self._read_bytes.add(transport, whole if event.whole_segment else nbytes)
 
     def _end(self, outcome: TransferOutcome) -> None:
         self._ended_at = time.monotonic()

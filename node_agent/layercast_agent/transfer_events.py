@@ -53,7 +53,7 @@ class Chunk:
 class TransferLimits:
     """Bounds of one transfer; times in seconds."""
 
-    window_chunks: int = 4
+    window_chunks: int = 8
     """Chunks in flight. Chunk x window of 8-32 MiB fills a hop at 2 Gbit/s without delaying the next hop."""
 
     stall_s: float = 1.0

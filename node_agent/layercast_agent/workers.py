@@ -145,6 +145,12 @@ class Worker:
         told = self._life.status.memory_bytes if self._life else 0
         return told or self._settings.device_memory_bytes
 
+    @property
+    def reads(self) -> agent_pb2.ParameterReads | None:
+        """How it reads parameters, as last told."""
+        status = self._life.status if self._life else None
+        return status.reads if status is not None and status.HasField("reads") else None
+
     async def run(self) -> None:
         """Keeps a process alive until `close`."""
         while not self._closing.is_set():

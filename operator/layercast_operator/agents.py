@@ -40,6 +40,7 @@ from layercast_operator.snapshot import (
     Node,
     NodeFacts,
     PeerRef,
+    Rdma,
     Replica,
     ReplicaState,
     Role,
@@ -312,6 +313,7 @@ def _device_of(device: pb.Device) -> Device:
         worker_state=_WORKER_STATES.get(device.worker_state, WorkerState.DEAD),
         replica_id=device.replica_id,
         error=device.error,
+        rdma=Rdma(device.reads.rdma, device.reads.rdma_reason, missed=device.reads.rdma_missed),
     )
 
 

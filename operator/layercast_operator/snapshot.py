@@ -161,6 +161,17 @@ class Replica:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Rdma:
+    """Whether a worker reads its peers by RDMA."""
+
+    used: bool = False
+    reason: str = ""
+    """Why, or why not, in a sentence; empty until the worker has told."""
+    missed: bool = False
+    """It was demanded and cannot be used."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Device:
     """One accelerator, or one share of the processor."""
@@ -170,6 +181,7 @@ class Device:
     worker_state: WorkerState
     replica_id: str = ""
     error: str = ""
+    rdma: Rdma = field(default_factory=Rdma)
 
     @property
     def idle(self) -> bool:

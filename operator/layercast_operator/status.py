@@ -20,6 +20,7 @@ from layercast_operator.multicast import HolderKind
 from layercast_operator.policy import Rule, counted
 from layercast_operator.snapshot import (
     CheckpointState,
+    Rdma,
     Replica,
     ReplicaState,
     Snapshot,
@@ -157,6 +158,7 @@ def _conditions(model: ModelService, snapshot: Snapshot, turn: Turn, counts: _Co
         _metrics_available(model, snapshot),
         _gpu_available(turn, counts),
         _host_copy(snapshot, turn),
+        _rdma_ready(model, snapshot),
         _scaling_limited(turn),
     ]
 
@@ -310,6 +312,28 @@ def _host_copy(snapshot: Snapshot, turn: Turn) -> Condition:
         "Filling" if filling else "DiskIsLastResort" if only_disk else "ElsewhereOnly" if told else "NoCopy"
     )
     return Condition(type="HostCopyAvailable", status="False", reason=reason, message=message)
+
+
+def _rdma_ready(model: ModelService, snapshot: Snapshot) -> Condition:
+    """Whether this model's replicas read their peers by RDMA; no fault where nobody demanded it."""
+    told: list[tuple[str, Rdma]] = [
+        (f"{node.name} {device.device_id}", device.rdma)
+        for node in snapshot.present
+        for device in node.devices
+        if device.rdma.reason
+        and any(r.replica_id == device.replica_id for r in node.replicas if r.model == model.name)
+    ]
+    if not told:
+        message = "no replica has told how it reads"
+        return Condition(type="RDMAReady", status="Unknown", reason="NoReplica", message=message)
+    without = [(place, rdma) for place, rdma in told if not rdma.used]
+    if not without:
+        message = f"{told[0][0]}: {told[0][1].reason}; {counted(len(told), 'device')} in all"
+        return Condition(type="RDMAReady", status="True", reason="InUse", message=message)
+    worst, rdma = next((pair for pair in without if pair[1].missed), without[0])
+    message = f"{len(without)} of {counted(len(told), 'device')} without; {worst}: {rdma.reason}"
+    reason = "Missed" if rdma.missed else "NotUsed"
+    return Condition(type="RDMAReady", status="False", reason=reason, message=message)
 
 
 def _scaling_limited(turn: Turn) -> Condition:

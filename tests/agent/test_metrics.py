@@ -28,6 +28,31 @@ def get(port: int, path: str) -> tuple[int, str]:
             return error.code, error.read().decode()
 
 
+def samples_of(seen: Observation) -> dict[tuple[str, ...], float]:
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in families(seen)
+        for sample in family.samples
+    }
+
+
+def test_how_parameters_are_read_and_why_not_by_rdma() -> None:
+    reads = pb.ParameterReads(rdma_reason="no card", rdma_missed=True, read_bytes={"rdma": 0, "tcp": 7})
+    status = pb.GetStatusResponse(
+        devices=[pb.Device(device_id="cpu:0", reads=reads), pb.Device(device_id="cpu:1")],
+        host_pool=pb.HostPool(read_bytes={"disk": 6}),
+    )
+    samples = samples_of(Observation(status=status, restarts={}))
+    told = {name: value for name, value in samples.items() if "rdma" in name[0] or "read_bytes" in name[0]}
+    assert told == {
+        ("layercast_agent_rdma", "cpu:0", "no card"): 0,
+        ("layercast_agent_rdma_missed", "cpu:0"): 1,
+        ("layercast_agent_parameter_read_bytes_total", "cpu:0", "rdma"): 0,
+        ("layercast_agent_parameter_read_bytes_total", "cpu:0", "tcp"): 7,
+        ("layercast_agent_parameter_read_bytes_total", "host", "disk"): 6,
+    }
+
+
 def test_an_observation_in_metrics() -> None:
     ready_one = pb.Checkpoint(state=pb.CHECKPOINT_STATE_READY, on_disk=True, digest="d", segment_bytes=[1, 2])
     status = pb.GetStatusResponse(
@@ -55,11 +80,7 @@ def test_an_observation_in_metrics() -> None:
         ],
         disk_bytes_per_s=5,
     )
-    samples = {
-        (sample.name, *sample.labels.values()): sample.value
-        for family in families(Observation(status=status, restarts={"cpu:0": 3, "cpu:1": 0}))
-        for sample in family.samples
-    }
+    samples = samples_of(Observation(status=status, restarts={"cpu:0": 3, "cpu:1": 0}))
     expected: dict[tuple[str, ...], float] = {
         ("layercast_agent_worker_restarts_total", "cpu:0"): 3,
         ("layercast_agent_workers", "dead"): 1,

@@ -106,7 +106,20 @@ SILENT = Page(
     component="operator",
     samples={**OPERATOR.samples, ("layercast_operator_agent_up", frozenset({("node", "n2")})): 0},
 )
+RDMA_AGENT = replace(
+    AGENT,
+    samples={
+        **AGENT.samples,
+        ("layercast_agent_rdma", frozenset({("device", "cuda:0"), ("reason", "no RDMA port is ACTIVE")})): 0,
+        ("layercast_agent_rdma_missed", frozenset({("device", "cuda:0")})): 1,
+    },
+)
 WRONG = {
+    "RDMA": (
+        replace(WELL, pages=[OPERATOR, GATEWAY, RDMA_AGENT]),
+        "1 of 1 device read by tcp; agent-1 cuda:0: no RDMA port is ACTIVE",
+        "runbooks.md#parameters-do-not-come-by-rdma",
+    ),
     "definition gone": (replace(WELL, definition=None), "there is no ModelService", "kubectl apply"),
     "definition old": (replace(WELL, definition=old_definition()), "lacks spec.scaling,", "kubectl apply"),
     "rights": (
@@ -149,6 +162,14 @@ def test_what_is_turned_off_or_unknown_is_a_note() -> None:
     seen = replace(WELL, rights="you may not ask", services=[])
     notes = [line for line in examine(seen) if line.well is None]
     assert [line.what for line in notes] == ["rights", "Prometheus"]
+
+
+@pytest.mark.parametrize(("used", "well"), [(0, None), (1, True)])
+def test_rdma_that_nobody_demanded_is_told(used: int, well: bool | None) -> None:
+    labels = frozenset({("device", "cpu:0"), ("reason", "words")})
+    agent = replace(AGENT, samples={**AGENT.samples, ("layercast_agent_rdma", labels): used})
+    found = [line for line in examine(replace(WELL, pages=[OPERATOR, GATEWAY, agent])) if line.what == "RDMA"]
+    assert [line.well for line in found] == [well]
 
 
 @pytest.mark.parametrize(("well", "code"), [(True, 0), (False, 1)])

@@ -11,7 +11,7 @@ import pytest
 
 from layercast_operator.history import memory_of, rfc3339
 from layercast_operator.modelservice import ScalingMode
-from layercast_operator.snapshot import CheckpointState, NodeHealth, ReplicaState
+from layercast_operator.snapshot import CheckpointState, NodeHealth, Rdma, ReplicaState
 from layercast_operator.state import after_error
 from layercast_operator.status import Report, report, report_invalid
 
@@ -25,6 +25,7 @@ TYPES = [
     "MetricsAvailable",
     "GPUAvailable",
     "HostCopyAvailable",
+    "RDMAReady",
     "ScalingLimited",
 ]
 
@@ -101,6 +102,7 @@ def test_from_nothing_to_serving(worlds: Any) -> None:
         "MetricsAvailable": ("True", "Fresh"),
         "GPUAvailable": ("True", "EnoughDevices"),
         "HostCopyAvailable": ("False", "ElsewhereOnly"),
+        "RDMAReady": ("Unknown", "NoReplica"),
         "ScalingLimited": ("False", "WithinLimits"),
     }
     assert done.message == ""
@@ -236,3 +238,32 @@ def test_history_survives_a_restart_and_damage(worlds: Any) -> None:
     empty = memory_of(damaged)
     assert empty.scales == () and empty.conditions == {}
     assert memory_of({}) == memory_of({"scales": None, "conditions": None})
+
+
+IN_USE = Rdma(used=True, reason="RDMA by mlx5_0:1")
+WITHOUT = Rdma(used=False, reason="this node has no RDMA device")
+
+
+@pytest.mark.parametrize(
+    ("rdma", "expected", "words"),
+    [
+        (IN_USE, ("True", "InUse"), "RDMA by mlx5_0:1; 1 device in all"),
+        (WITHOUT, ("False", "NotUsed"), "1 of 1 device without; node-0 cpu:0: this node has no RDMA device"),
+        (replace(WITHOUT, missed=True), ("False", "Missed"), "no RDMA device"),
+    ],
+)
+def test_whether_rdma_is_used_and_why_not(
+    worlds: Any, rdma: Rdma, expected: tuple[str, str], words: str
+) -> None:
+    p = pilot(worlds, worlds.service())
+    p.run(6)
+    p.act()
+    seen = p.world.snapshot()
+    nodes = tuple(
+        replace(node, devices=tuple(replace(device, rdma=rdma) for device in node.devices))
+        for node in seen.nodes
+    )
+    turn = replace(p.turns["m"], memory=p.memories["m"])
+    got = report(p.models["m"], replace(seen, nodes=nodes), turn, endpoint="")
+    assert conditions(got)["RDMAReady"] == expected
+    assert words in message(got, "RDMAReady")

@@ -25,7 +25,8 @@ from layercast.worker.v1alpha1 import worker_pb2
 from layercast_agent.engine.engine import Engine
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.layout import Manifest
-from layercast_agent.rdma import Rdma
+from layercast_agent.rdma import Rdma, judge, look
+from layercast_agent.read_bytes import ReadBytes
 from layercast_agent.regions import RegionTable
 from layercast_agent.runner import UpstreamSpec
 from layercast_agent.transport.egress import EgressLimiter
@@ -95,6 +96,8 @@ class Worker:
             share=ComputeShare(1.0),
             tls=None,
             plane=None,
+            verdict=judge(look(), Rdma.OFF),
+            read_bytes=ReadBytes(),
             reserve=None,
         )
         self.assignment = Assignment(self.host)

@@ -12,6 +12,8 @@ from layercast.worker.v1alpha1 import worker_pb2
 from tests.worker.conftest import GatewayClient, Packed, Reference, StartWorker
 from tokenizers import Tokenizer
 
+from layercast_agent import rdma
+
 pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 PROMPTS = [[random.Random(i).randrange(3, 500) for _ in range(20 + 7 * (i % 5))] for i in range(24)]
@@ -35,6 +37,26 @@ async def test_a_replica_from_disk_answers_like_transformers(
     await gateway.all_done()
     for index, prompt in enumerate(PROMPTS[:8]):
         assert gateway.answers[f"r{index}"].tokens == reference(prompt, 12)
+
+
+async def test_what_carried_the_parameters_and_why_not_rdma(
+    packed: Packed, start_worker: StartWorker
+) -> None:
+    first, second = await start_worker("a"), await start_worker("b")
+    for worker, upstreams in ((first, None), (second, [first])):
+        await worker.assign(packed)
+        await worker.feed(packed, upstreams=[await peer.peer() for peer in upstreams] if upstreams else None)
+        await worker.until(serving)
+    nbytes = packed.manifest.nbytes
+    told = [(await worker.status()).reads for worker in (first, second)]
+    assert [dict(reads.read_bytes) for reads in told] == [
+        {"rdma": 0, "tcp": 0, "shm": 0, "disk": nbytes},
+        {"rdma": 0, "tcp": nbytes, "shm": 0, "disk": 0},
+    ]
+    verdict = rdma.judge(rdma.look(), rdma.Rdma.AUTO)
+    assert {(reads.rdma, reads.rdma_reason, reads.rdma_missed) for reads in told} == {
+        (verdict.use, verdict.reason, False)
+    }
 
 
 async def test_bad_requests_are_refused_and_harm_nobody(

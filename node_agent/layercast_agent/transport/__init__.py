@@ -19,6 +19,10 @@ class ChunkLink(Protocol):
     """One opening of an upstream. Its last event is `UpstreamEnded`, after which it writes nothing."""
 
     @property
+    def transport(self) -> str:
+        """What carries the bytes; see `read_bytes.TRANSPORTS`."""
+
+    @property
     def received_bytes(self) -> int:
         """Bytes that came in so far; tells a slow link from a dead one."""
 

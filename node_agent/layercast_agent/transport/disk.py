@@ -36,6 +36,8 @@ READERS = 4  # two keep a disk busy; the others check and copy meanwhile
 class DiskLink:
     """One opening of a folder; see `ChunkLink`."""
 
+    transport = "disk"
+
     def __init__(self, request: LinkRequest, *, manifest: Manifest, landing: Landing, folder: Path) -> None:
         """Starts at once."""
         self._request = request

@@ -133,6 +133,8 @@ class MemoryNetwork:
 class MemoryLink:
     """One opening of a node by another; see `ChunkLink`."""
 
+    transport = "memory"
+
     def __init__(self, request: LinkRequest, *, network: MemoryNetwork, target: MemoryNode) -> None:
         """Connects after some latency, or is refused when the node does not live."""
         self.source = network.nodes[request.upstream.peer_id]

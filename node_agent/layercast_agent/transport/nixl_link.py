@@ -92,6 +92,11 @@ class NixlLink:
         self._thread.start()
 
     @property
+    def transport(self) -> str:
+        """What is used instead where the peer offers no one-sided reads."""
+        return self._instead.transport if self._instead is not None else "rdma"
+
+    @property
     def received_bytes(self) -> int:
         """Bytes of chunks that are over; one-sided reads tell nothing before."""
         return self._instead.received_bytes if self._instead is not None else self._done_bytes

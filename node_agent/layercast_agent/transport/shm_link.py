@@ -100,6 +100,8 @@ class ShmLink:
     Threads: one connects and copies, the watch tells what is there. `fetch` only writes a small frame.
     """
 
+    transport = "shm"
+
     def __init__(
         self,
         request: LinkRequest,

@@ -1,8 +1,7 @@
 """A link to a peer: residency by gRPC, chunks by pipelined reads on two TCP connections.
 
-One stream is one core of each end, so a chunk travels as halves, one a stream: unlike whole chunks side by side
-that keeps their order, and the next hop of a chain waits no longer for its first chunk. A half is one call into
-the kernel and one crc32 (in smaller pieces, waking the interpreter costs more than a warm cache saves).
+One stream is one core of each end, so there are two, and a chunk is asked of the one that has less to do. A chunk is
+one call into the kernel and one crc32 (in smaller pieces, waking the interpreter costs more than a warm cache saves).
 
 Threads: one a stream receives straight into the target's memory, the first of them also connects; the watch
 tells what the peer holds, and connects meanwhile. `fetch` only writes small frames, so the transfer's own thread
@@ -13,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import socket
 import threading
 from collections import deque
@@ -22,7 +20,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from layercast_agent import transfer_events as ev
-from layercast_agent.crc32 import combine, crc32
+from layercast_agent.crc32 import crc32
 from layercast_agent.errors import PeerError, PeerLostError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
@@ -39,32 +37,21 @@ if TYPE_CHECKING:
 
 PROGRESS_S = 0.25  # a receive that is not done by then tells how far it came
 STREAMS = 2
-SPLIT_BYTES_MIN = 128 * 1024  # smaller chunks travel whole: their halves would be mostly waiting
-
-
-@dataclass(slots=True, kw_only=True)
-class _Arrival:
-    """A chunk under way. Nobody hears of it before its last part came: until then a stream may write it."""
-
-    chunk: Chunk
-    parts: list[range]  # bytes of the chunk, in order
-    crcs: list[int]
-    left: int
-    staged: memoryview | None = None
-    refusal: str = ""
 
 
 @dataclass(slots=True, kw_only=True)
 class _Stream:
-    """One connection, and the parts that were asked of it in order: (request id, arrival, number of the part)."""
+    """One connection, and what was asked of it in order: (request id, chunk)."""
 
     socket: Stream
-    outstanding: deque[tuple[int, _Arrival, int]] = field(default_factory=deque)  # bounded by the window
+    outstanding: deque[tuple[int, Chunk]] = field(default_factory=deque)  # bounded by the window
     received_bytes: int = 0
 
 
 class TcpLink:
     """One opening of a peer; see `ChunkLink`."""
+
+    transport = "tcp"
 
     def __init__(
         self,
@@ -106,25 +93,22 @@ class TcpLink:
             return sum(stream.received_bytes for stream in self._streams)
 
     def fetch(self, chunk: Chunk) -> None:
-        """Send the requests; a connection that fails here also ends in its receiving thread."""
+        """Send the request; a connection that fails here also ends in its receiving thread."""
         offset, nbytes = self._landing.range_of(chunk)
-        parts = _split(nbytes)
-        arrival = _Arrival(chunk=chunk, parts=parts, crcs=[0] * len(parts), left=len(parts))
         with self._lock:
             region = self._regions[chunk.segment]
-            for number, part in enumerate(parts):
-                stream = self._streams[number]
-                self._next_request_id = (self._next_request_id + 1) % 2**32
-                stream.outstanding.append((self._next_request_id, arrival, number))
-                frame = ReadRequest(
-                    request_id=self._next_request_id,
-                    region_id=region.region_id,
-                    epoch=region.epoch,
-                    offset=offset + part.start,
-                    nbytes=len(part),
-                ).pack()
-                with contextlib.suppress(OSError):
-                    stream.socket.sendall(frame)
+            stream = min(self._streams, key=lambda stream: len(stream.outstanding))
+            self._next_request_id = (self._next_request_id + 1) % 2**32
+            stream.outstanding.append((self._next_request_id, chunk))
+            frame = ReadRequest(
+                request_id=self._next_request_id,
+                region_id=region.region_id,
+                epoch=region.epoch,
+                offset=offset,
+                nbytes=nbytes,
+            ).pack()
+            with contextlib.suppress(OSError):
+                stream.socket.sendall(frame)
 
     def close(self, reason: str) -> None:
         """Wake all threads; the first one says `UpstreamEnded` when all have stopped."""
@@ -214,58 +198,39 @@ class TcpLink:
         self._fill(stream, memoryview(frame))
         header = ResponseHeader.unpack(frame)
         with self._lock:
-            request_id, arrival, number = (
-                stream.outstanding.popleft() if stream.outstanding else (-1, None, 0)
-            )
-            if arrival is None or header.request_id != request_id:
-                raise PeerLostError("the peer answered something that was not asked")
-            if arrival.staged is None:
-                arrival.staged = self._landing.staging(arrival.chunk)
-            staged = arrival.staged
+            request_id, chunk = stream.outstanding[0] if stream.outstanding else (-1, None)
+        if chunk is None or header.request_id != request_id:
+            raise PeerLostError("the peer answered something that was not asked")
         if header.status is not Status.OK:
             text = bytearray(header.nbytes)
             self._fill(stream, memoryview(text))
-            arrival.refusal = str(tcp.refusal(header, text))
+            answer: ev.Event = ev.FetchRefused(
+                link=self._request.link, chunk=chunk, reason=str(tcp.refusal(header, text))
+            )
         else:
-            part = arrival.parts[number]
-            if header.nbytes != len(part):
-                raise PeerLostError(f"the peer answered {header.nbytes} bytes for part of {arrival.chunk}")
-            arrival.crcs[number] = self._fill(stream, staged[part.start : part.stop])
+            answer = self._receive_chunk(stream, chunk, header.nbytes)
         with self._lock:
-            arrival.left -= 1
-            last = not arrival.left
-        if last:
-            self._settle(arrival, staged)
+            stream.outstanding.popleft()
+        self._request.post(answer)
 
-    def _fill(self, stream: _Stream, view: memoryview) -> int:
-        """Fill `view` from the stream, telling how far it is; returns its crc32."""
+    def _receive_chunk(self, stream: _Stream, chunk: Chunk, nbytes: int) -> ev.Event:
+        staged = self._landing.staging(chunk)
+        if nbytes != len(staged):
+            raise PeerLostError(f"the peer answered {nbytes} bytes for {chunk}")
+        self._fill(stream, staged)
+        link = self._request.link
+        if self._landing.settle(chunk, staged, crc=crc32(staged)):
+            return ev.ChunkArrived(link=link, chunk=chunk)
+        return ev.ChunkCorrupt(link=link, chunk=chunk)
+
+    def _fill(self, stream: _Stream, view: memoryview) -> None:
+        """Fill `view` from the stream, telling how far it is."""
         done = 0
         while done < len(view):
             self._check_open()
             count = wire.receive_turn(stream.socket, view[done:])
             done += count
             stream.received_bytes += count
-        return crc32(view)
-
-    def _settle(self, arrival: _Arrival, staged: memoryview) -> None:
-        link, chunk = self._request.link, arrival.chunk
-        if arrival.refusal:
-            self._request.post(ev.FetchRefused(link=link, chunk=chunk, reason=arrival.refusal))
-            return
-        crc = 0  # of no bytes
-        for part, part_crc in zip(arrival.parts, arrival.crcs, strict=True):
-            crc = combine(crc, part_crc, len(part))
-        if self._landing.settle(chunk, staged, crc=crc):
-            self._request.post(ev.ChunkArrived(link=link, chunk=chunk))
-        else:
-            self._request.post(ev.ChunkCorrupt(link=link, chunk=chunk))
-
-
-def _split(nbytes: int) -> list[range]:
-    """The parts of a chunk, one a stream."""
-    streams = STREAMS if nbytes >= SPLIT_BYTES_MIN else 1
-    bounds = [nbytes * stream // streams for stream in range(streams + 1)]
-    return [range(start, stop) for start, stop in itertools.pairwise(bounds)]
 
 
 def open_link(

@@ -68,6 +68,8 @@ class ResidencyWatch:
         self._on_end = on_end
         self._stopped = threading.Event()
         self._channel = sync_channel(address, tls, options=CHANNEL_OPTIONS)
+        # Not in the thread: gRPC's stubs crash the process on a channel that is closed meanwhile; a call is refused.
+        self._stub = peer_pb2_grpc.PeerServiceStub(self._channel)
         self._thread = threading.Thread(target=self._run, name="residency-watch", daemon=True)
 
     def start(self) -> None:
@@ -98,9 +100,8 @@ class ResidencyWatch:
             self._on_end(error)
 
     def _follow(self) -> None:
-        stub = peer_pb2_grpc.PeerServiceStub(self._channel)
         request = peer_pb2.WatchResidencyRequest(digest=self._manifest.digest, host_memory=self._host_memory)
-        for message in stub.WatchResidency(request):
+        for message in self._stub.WatchResidency(request):
             if self._stopped.is_set():
                 return
             self._on_segments({item.segment: self._checked(item) for item in message.segments})

@@ -26,6 +26,7 @@ from layercast_agent.device import register_host_memory
 from layercast_agent.errors import PeerError
 from layercast_agent.holdings import SERVER_OPTIONS, Holdings
 from layercast_agent.host_memory import Reserve
+from layercast_agent.read_bytes import ReadBytes
 from layercast_agent.regions import RegionTable
 from layercast_agent.transport import shm_link
 from layercast_agent.transport.nixl import NixlPlane, NixlUnavailableError
@@ -87,6 +88,7 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
     server = aio.server(interceptors=tls.interceptors(secure), options=GRPC_OPTIONS)
     host_name = options.listen.rsplit(":", 1)[0]
     port = tls.bind(server, options.listen, secure)
+    plane, verdict = _one_sided(options, table, holdings)
     reserves = device.type == "cpu" and options.reserve_bytes > 0
     host = WorkerHost(
         settings=options,
@@ -98,7 +100,9 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
         streams=streams,
         share=ComputeShare(options.cpu_share if device.type == "cpu" else 1.0),
         tls=secure,
-        plane=_one_sided(options, table, holdings),
+        plane=plane,
+        verdict=verdict,
+        read_bytes=ReadBytes(),
         reserve=Reserve(options.reserve_bytes) if reserves else None,
     )
     assignment = Assignment(host)
@@ -130,23 +134,24 @@ async def _serve(options: WorkerSettings, device: torch.device) -> None:
     data.close()
 
 
-def _one_sided(options: WorkerSettings, table: RegionTable, holdings: Holdings) -> NixlPlane | None:
-    """RDMA where the node has it; says why not, loudly when it was demanded."""
+def _one_sided(
+    options: WorkerSettings, table: RegionTable, holdings: Holdings
+) -> tuple[NixlPlane | None, rdma.Verdict]:
+    """RDMA where the node has it, and why not, loudly when it was demanded."""
     verdict = rdma.judge(rdma.look(), options.rdma)
-    plane, reason = None, verdict.reason
+    plane = None
     if verdict.use:
         try:
             plane = NixlPlane(table)
             holdings.describe = plane.describe
         except NixlUnavailableError as error:
-            reason = str(error)
-    loud = plane is None and options.rdma is rdma.Rdma.REQUIRE
+            verdict = rdma.refused(str(error), options.rdma)
     log.log(
-        logging.WARNING if loud else logging.INFO,
+        logging.WARNING if verdict.loud else logging.INFO,
         "parameters are read by RDMA" if plane is not None else "parameters are read by tcp",
-        extra={"reason": reason},
+        extra={"reason": verdict.reason},
     )
-    return plane
+    return plane, verdict
 
 
 def _register_host_memory(path: Path, token: bytes, device: torch.device) -> None:

@@ -119,6 +119,10 @@ class WorkerServicer(worker_pb2_grpc.WorkerServiceServicer):
         answer = pb.GetWorkerStatusResponse(
             warm=self._assignment.warm, memory_bytes=self._host.settings.device_memory_bytes
         )
+        verdict = self._host.verdict
+        answer.reads.rdma, answer.reads.rdma_reason = verdict.use, verdict.reason
+        answer.reads.rdma_missed = verdict.loud
+        answer.reads.read_bytes.update(self._host.read_bytes.by_transport())
         if self._assignment.replica is not None:
             answer.replica.CopyFrom(report.replica_status(self._assignment.replica, self._host))
         return answer

@@ -9,6 +9,8 @@ from layercast.peer.v1alpha1 import peer_pb2
 
 from layercast_agent.holdings import Holdings
 from layercast_agent.host_memory import Reserve
+from layercast_agent.rdma import Verdict
+from layercast_agent.read_bytes import ReadBytes
 from layercast_agent.regions import RegionTable
 from layercast_agent.tls import Tls
 from layercast_agent.transport.nixl import NixlPlane
@@ -32,6 +34,9 @@ class WorkerHost:
     tls: Tls | None
     plane: NixlPlane | None
     """One-sided reads; None where the node has no RDMA."""
+    verdict: Verdict
+    """Why they are used or not."""
+    read_bytes: ReadBytes
     reserve: Reserve | None
     """Touched memory that the parameters of a CPU device land in when they fit."""
 

@@ -137,6 +137,7 @@ class Replica:
             token=self._host.settings.token,
             tls=self._host.tls,
             plane=self._host.plane,
+            read_bytes=self._host.read_bytes,
             on_segment=self._on_segment,
             on_end=self._on_transfer_end,
         )

@@ -334,11 +334,32 @@ class HostPool(_message.Message):
 
     DESCRIPTOR: _descriptor.Descriptor
 
+    @_typing.final
+    class ReadBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     CAPACITY_BYTES_FIELD_NUMBER: _builtins.int
     USED_BYTES_FIELD_NUMBER: _builtins.int
     TOUCHED_BYTES_FIELD_NUMBER: _builtins.int
     HUGE_PAGES_FIELD_NUMBER: _builtins.int
     COPIES_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
     capacity_bytes: _builtins.int
     """Bytes in all; 0 when this node keeps no copies."""
     used_bytes: _builtins.int
@@ -351,6 +372,10 @@ class HostPool(_message.Message):
     def copies(self) -> _containers.RepeatedCompositeFieldContainer[Global___HostCopy]:
         """The copies."""
 
+    @_builtins.property
+    def read_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """As in ParameterReads, of the agent itself."""
+
     def __init__(
         self,
         *,
@@ -359,10 +384,11 @@ class HostPool(_message.Message):
         touched_bytes: _builtins.int = ...,
         huge_pages: _builtins.bool = ...,
         copies: _abc.Iterable[Global___HostCopy] | None = ...,
+        read_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "copies", b"copies", "huge_pages", b"huge_pages", "touched_bytes", b"touched_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["capacity_bytes", b"capacity_bytes", "copies", b"copies", "huge_pages", b"huge_pages", "read_bytes", b"read_bytes", "touched_bytes", b"touched_bytes", "used_bytes", b"used_bytes"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -446,6 +472,7 @@ class Device(_message.Message):
     ERROR_FIELD_NUMBER: _builtins.int
     REPLICA_ID_FIELD_NUMBER: _builtins.int
     WORKER_PID_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
     device_id: _builtins.str
     """Name on its node, e.g. `cuda:0` or `cpu:0`."""
     memory_bytes: _builtins.int
@@ -458,6 +485,10 @@ class Device(_message.Message):
     """The replica that occupies it; empty when idle."""
     worker_pid: _builtins.int
     """Process id of its worker on the node; 0 when there is none."""
+    @_builtins.property
+    def reads(self) -> Global___ParameterReads:
+        """How its worker reads parameters; absent until it has told."""
+
     def __init__(
         self,
         *,
@@ -467,14 +498,73 @@ class Device(_message.Message):
         error: _builtins.str = ...,
         replica_id: _builtins.str = ...,
         worker_pid: _builtins.int = ...,
+        reads: Global___ParameterReads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reads", b"reads"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "error", b"error", "memory_bytes", b"memory_bytes", "replica_id", b"replica_id", "worker_pid", b"worker_pid", "worker_state", b"worker_state"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["device_id", b"device_id", "error", b"error", "memory_bytes", b"memory_bytes", "reads", b"reads", "replica_id", b"replica_id", "worker_pid", b"worker_pid", "worker_state", b"worker_state"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Device: _TypeAlias = Device  # noqa: Y015
+
+@_typing.final
+class ParameterReads(_message.Message):
+    """ParameterReads tells how a worker reads parameters, and how many it has read."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class ReadBytesEntry(_message.Message):
+        DESCRIPTOR: _descriptor.Descriptor
+
+        KEY_FIELD_NUMBER: _builtins.int
+        VALUE_FIELD_NUMBER: _builtins.int
+        key: _builtins.str
+        value: _builtins.int
+        def __init__(
+            self,
+            *,
+            key: _builtins.str = ...,
+            value: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "value", b"value"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    RDMA_FIELD_NUMBER: _builtins.int
+    RDMA_REASON_FIELD_NUMBER: _builtins.int
+    RDMA_MISSED_FIELD_NUMBER: _builtins.int
+    READ_BYTES_FIELD_NUMBER: _builtins.int
+    rdma: _builtins.bool
+    """Peers that offer it are read by RDMA."""
+    rdma_reason: _builtins.str
+    """Why it is used or not, in a sentence."""
+    rdma_missed: _builtins.bool
+    """It was demanded and cannot be used."""
+    @_builtins.property
+    def read_bytes(self) -> _containers.ScalarMap[_builtins.str, _builtins.int]:
+        """Verified bytes since the process's start by transport: `rdma`, `tcp`, `shm`
+        (this node's host memory) and `disk`.
+        """
+
+    def __init__(
+        self,
+        *,
+        rdma: _builtins.bool = ...,
+        rdma_reason: _builtins.str = ...,
+        rdma_missed: _builtins.bool = ...,
+        read_bytes: _abc.Mapping[_builtins.str, _builtins.int] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["rdma", b"rdma", "rdma_missed", b"rdma_missed", "rdma_reason", b"rdma_reason", "read_bytes", b"read_bytes"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___ParameterReads: _TypeAlias = ParameterReads  # noqa: Y015
 
 @_typing.final
 class Checkpoint(_message.Message):

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from layercast.agent.v1alpha1 import agent_pb2 as layercast_dot_agent_dot_v1alpha1_dot_agent__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&layercast/worker/v1alpha1/worker.proto\x12\x19layercast.worker.v1alpha1\x1a$layercast/agent/v1alpha1/agent.proto\"\x18\n\x16GetWorkerStatusRequest\"q\n\x17GetWorkerStatusResponse\x12\x0c\n\x04warm\x18\x01 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x32\n\x07replica\x18\x03 \x01(\x0b\x32!.layercast.agent.v1alpha1.Replica\"\xe6\x01\n\x14\x41ssignReplicaRequest\x12>\n\x07replica\x18\x01 \x01(\x0b\x32-.layercast.agent.v1alpha1.StartReplicaRequest\x12\x15\n\rmanifest_json\x18\x02 \x01(\x0c\x12I\n\x05\x66iles\x18\x03 \x03(\x0b\x32:.layercast.worker.v1alpha1.AssignReplicaRequest.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x17\n\x15\x41ssignReplicaResponse\"\x8b\x01\n\x14\x42\x65ginTransferRequest\x12@\n\x08transfer\x18\x01 \x01(\x0b\x32..layercast.agent.v1alpha1.StartTransferRequest\x12\x17\n\x0flocal_disk_path\x18\x02 \x01(\t\x12\x18\n\x10host_memory_path\x18\x03 \x01(\t\"\x17\n\x15\x42\x65ginTransferResponse\"O\n\x0eSetRoleRequest\x12=\n\x04role\x18\x01 \x01(\x0b\x32/.layercast.agent.v1alpha1.SetReplicaRoleRequest\"\x11\n\x0fSetRoleResponse\"Q\n\x11\x42\x65ginDrainRequest\x12<\n\x05\x64rain\x18\x01 \x01(\x0b\x32-.layercast.agent.v1alpha1.DrainReplicaRequest\"\x14\n\x12\x42\x65ginDrainResponse\",\n\x16UnassignReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x19\n\x17UnassignReplicaResponse2\xb8\x05\n\rWorkerService\x12x\n\x0fGetWorkerStatus\x12\x31.layercast.worker.v1alpha1.GetWorkerStatusRequest\x1a\x32.layercast.worker.v1alpha1.GetWorkerStatusResponse\x12r\n\rAssignReplica\x12/.layercast.worker.v1alpha1.AssignReplicaRequest\x1a\x30.layercast.worker.v1alpha1.AssignReplicaResponse\x12r\n\rBeginTransfer\x12/.layercast.worker.v1alpha1.BeginTransferRequest\x1a\x30.layercast.worker.v1alpha1.BeginTransferResponse\x12`\n\x07SetRole\x12).layercast.worker.v1alpha1.SetRoleRequest\x1a*.layercast.worker.v1alpha1.SetRoleResponse\x12i\n\nBeginDrain\x12,.layercast.worker.v1alpha1.BeginDrainRequest\x1a-.layercast.worker.v1alpha1.BeginDrainResponse\x12x\n\x0fUnassignReplica\x12\x31.layercast.worker.v1alpha1.UnassignReplicaRequest\x1a\x32.layercast.worker.v1alpha1.UnassignReplicaResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&layercast/worker/v1alpha1/worker.proto\x12\x19layercast.worker.v1alpha1\x1a$layercast/agent/v1alpha1/agent.proto\"\x18\n\x16GetWorkerStatusRequest\"\xaa\x01\n\x17GetWorkerStatusResponse\x12\x0c\n\x04warm\x18\x01 \x01(\x08\x12\x14\n\x0cmemory_bytes\x18\x02 \x01(\x04\x12\x32\n\x07replica\x18\x03 \x01(\x0b\x32!.layercast.agent.v1alpha1.Replica\x12\x37\n\x05reads\x18\x04 \x01(\x0b\x32(.layercast.agent.v1alpha1.ParameterReads\"\xe6\x01\n\x14\x41ssignReplicaRequest\x12>\n\x07replica\x18\x01 \x01(\x0b\x32-.layercast.agent.v1alpha1.StartReplicaRequest\x12\x15\n\rmanifest_json\x18\x02 \x01(\x0c\x12I\n\x05\x66iles\x18\x03 \x03(\x0b\x32:.layercast.worker.v1alpha1.AssignReplicaRequest.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"\x17\n\x15\x41ssignReplicaResponse\"\x8b\x01\n\x14\x42\x65ginTransferRequest\x12@\n\x08transfer\x18\x01 \x01(\x0b\x32..layercast.agent.v1alpha1.StartTransferRequest\x12\x17\n\x0flocal_disk_path\x18\x02 \x01(\t\x12\x18\n\x10host_memory_path\x18\x03 \x01(\t\"\x17\n\x15\x42\x65ginTransferResponse\"O\n\x0eSetRoleRequest\x12=\n\x04role\x18\x01 \x01(\x0b\x32/.layercast.agent.v1alpha1.SetReplicaRoleRequest\"\x11\n\x0fSetRoleResponse\"Q\n\x11\x42\x65ginDrainRequest\x12<\n\x05\x64rain\x18\x01 \x01(\x0b\x32-.layercast.agent.v1alpha1.DrainReplicaRequest\"\x14\n\x12\x42\x65ginDrainResponse\",\n\x16UnassignReplicaRequest\x12\x12\n\nreplica_id\x18\x01 \x01(\t\"\x19\n\x17UnassignReplicaResponse2\xb8\x05\n\rWorkerService\x12x\n\x0fGetWorkerStatus\x12\x31.layercast.worker.v1alpha1.GetWorkerStatusRequest\x1a\x32.layercast.worker.v1alpha1.GetWorkerStatusResponse\x12r\n\rAssignReplica\x12/.layercast.worker.v1alpha1.AssignReplicaRequest\x1a\x30.layercast.worker.v1alpha1.AssignReplicaResponse\x12r\n\rBeginTransfer\x12/.layercast.worker.v1alpha1.BeginTransferRequest\x1a\x30.layercast.worker.v1alpha1.BeginTransferResponse\x12`\n\x07SetRole\x12).layercast.worker.v1alpha1.SetRoleRequest\x1a*.layercast.worker.v1alpha1.SetRoleResponse\x12i\n\nBeginDrain\x12,.layercast.worker.v1alpha1.BeginDrainRequest\x1a-.layercast.worker.v1alpha1.BeginDrainResponse\x12x\n\x0fUnassignReplica\x12\x31.layercast.worker.v1alpha1.UnassignReplicaRequest\x1a\x32.layercast.worker.v1alpha1.UnassignReplicaResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,30 +36,30 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ASSIGNREPLICAREQUEST_FILESENTRY']._serialized_options = b'8\001'
   _globals['_GETWORKERSTATUSREQUEST']._serialized_start=107
   _globals['_GETWORKERSTATUSREQUEST']._serialized_end=131
-  _globals['_GETWORKERSTATUSRESPONSE']._serialized_start=133
-  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=246
-  _globals['_ASSIGNREPLICAREQUEST']._serialized_start=249
-  _globals['_ASSIGNREPLICAREQUEST']._serialized_end=479
-  _globals['_ASSIGNREPLICAREQUEST_FILESENTRY']._serialized_start=435
-  _globals['_ASSIGNREPLICAREQUEST_FILESENTRY']._serialized_end=479
-  _globals['_ASSIGNREPLICARESPONSE']._serialized_start=481
-  _globals['_ASSIGNREPLICARESPONSE']._serialized_end=504
-  _globals['_BEGINTRANSFERREQUEST']._serialized_start=507
-  _globals['_BEGINTRANSFERREQUEST']._serialized_end=646
-  _globals['_BEGINTRANSFERRESPONSE']._serialized_start=648
-  _globals['_BEGINTRANSFERRESPONSE']._serialized_end=671
-  _globals['_SETROLEREQUEST']._serialized_start=673
-  _globals['_SETROLEREQUEST']._serialized_end=752
-  _globals['_SETROLERESPONSE']._serialized_start=754
-  _globals['_SETROLERESPONSE']._serialized_end=771
-  _globals['_BEGINDRAINREQUEST']._serialized_start=773
-  _globals['_BEGINDRAINREQUEST']._serialized_end=854
-  _globals['_BEGINDRAINRESPONSE']._serialized_start=856
-  _globals['_BEGINDRAINRESPONSE']._serialized_end=876
-  _globals['_UNASSIGNREPLICAREQUEST']._serialized_start=878
-  _globals['_UNASSIGNREPLICAREQUEST']._serialized_end=922
-  _globals['_UNASSIGNREPLICARESPONSE']._serialized_start=924
-  _globals['_UNASSIGNREPLICARESPONSE']._serialized_end=949
-  _globals['_WORKERSERVICE']._serialized_start=952
-  _globals['_WORKERSERVICE']._serialized_end=1648
+  _globals['_GETWORKERSTATUSRESPONSE']._serialized_start=134
+  _globals['_GETWORKERSTATUSRESPONSE']._serialized_end=304
+  _globals['_ASSIGNREPLICAREQUEST']._serialized_start=307
+  _globals['_ASSIGNREPLICAREQUEST']._serialized_end=537
+  _globals['_ASSIGNREPLICAREQUEST_FILESENTRY']._serialized_start=493
+  _globals['_ASSIGNREPLICAREQUEST_FILESENTRY']._serialized_end=537
+  _globals['_ASSIGNREPLICARESPONSE']._serialized_start=539
+  _globals['_ASSIGNREPLICARESPONSE']._serialized_end=562
+  _globals['_BEGINTRANSFERREQUEST']._serialized_start=565
+  _globals['_BEGINTRANSFERREQUEST']._serialized_end=704
+  _globals['_BEGINTRANSFERRESPONSE']._serialized_start=706
+  _globals['_BEGINTRANSFERRESPONSE']._serialized_end=729
+  _globals['_SETROLEREQUEST']._serialized_start=731
+  _globals['_SETROLEREQUEST']._serialized_end=810
+  _globals['_SETROLERESPONSE']._serialized_start=812
+  _globals['_SETROLERESPONSE']._serialized_end=829
+  _globals['_BEGINDRAINREQUEST']._serialized_start=831
+  _globals['_BEGINDRAINREQUEST']._serialized_end=912
+  _globals['_BEGINDRAINRESPONSE']._serialized_start=914
+  _globals['_BEGINDRAINRESPONSE']._serialized_end=934
+  _globals['_UNASSIGNREPLICAREQUEST']._serialized_start=936
+  _globals['_UNASSIGNREPLICAREQUEST']._serialized_end=980
+  _globals['_UNASSIGNREPLICARESPONSE']._serialized_start=982
+  _globals['_UNASSIGNREPLICARESPONSE']._serialized_end=1007
+  _globals['_WORKERSERVICE']._serialized_start=1010
+  _globals['_WORKERSERVICE']._serialized_end=1706
 # @@protoc_insertion_point(module_scope)

@@ -47,6 +47,7 @@ class GetWorkerStatusResponse(_message.Message):
     WARM_FIELD_NUMBER: _builtins.int
     MEMORY_BYTES_FIELD_NUMBER: _builtins.int
     REPLICA_FIELD_NUMBER: _builtins.int
+    READS_FIELD_NUMBER: _builtins.int
     warm: _builtins.bool
     """Whether imports, device context and first kernels are done."""
     memory_bytes: _builtins.int
@@ -55,16 +56,21 @@ class GetWorkerStatusResponse(_message.Message):
     def replica(self) -> _agent_pb2.Replica:
         """Its replica; absent when idle."""
 
+    @_builtins.property
+    def reads(self) -> _agent_pb2.ParameterReads:
+        """How it reads parameters."""
+
     def __init__(
         self,
         *,
         warm: _builtins.bool = ...,
         memory_bytes: _builtins.int = ...,
         replica: _agent_pb2.Replica | None = ...,
+        reads: _agent_pb2.ParameterReads | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["replica", b"replica"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["reads", b"reads", "replica", b"replica"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "replica", b"replica", "warm", b"warm"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["memory_bytes", b"memory_bytes", "reads", b"reads", "replica", b"replica", "warm", b"warm"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
