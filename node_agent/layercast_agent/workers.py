@@ -15,7 +15,7 @@ import contextlib
 import logging
 import os
 from asyncio.subprocess import Process
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO
@@ -201,10 +201,11 @@ class Worker:
             if life is None:
                 return False
             try:
-                status = await life.stub.GetWorkerStatus(
-                    pb.GetWorkerStatusRequest(), timeout=self._limits.poll_deadline_s
-                )
-            except grpc.aio.AioRpcError:
+                with _ended_with_its_worker():
+                    status = await life.stub.GetWorkerStatus(
+                        pb.GetWorkerStatusRequest(), timeout=self._limits.poll_deadline_s
+                    )
+            except (grpc.aio.AioRpcError, WorkerLostError):
                 return False
             life.status, life.silent_s, life.warm = status, 0.0, life.warm or status.warm
             if status.HasField("replica") or not life.warm:
@@ -253,7 +254,8 @@ class Worker:
                 f"{self.slot.device_id} has no worker now: {self.error or 'it is being started'}"
             )
         try:
-            await call(life.stub)
+            with _ended_with_its_worker():
+                await call(life.stub)
         except grpc.aio.AioRpcError as error:
             code, text = error.code(), error.details() or ""
             if code is grpc.StatusCode.DEADLINE_EXCEEDED:
@@ -357,6 +359,18 @@ class Worker:
             log.info("a worker changed its state", extra={"device": self.slot.device_id, "state": name})
         if self._verdict.kill:
             self.kill(f"{self._verdict.error}; it was killed")
+
+
+@contextlib.contextmanager
+def _ended_with_its_worker() -> Iterator[None]:
+    """grpc.aio cancels the calls of a channel that is closed; that is not the cancellation of who made them."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise WorkerLostError("the worker ended during the call") from None
 
 
 def _open_log(path: Path, bytes_max: int) -> IO[bytes]:

@@ -14,6 +14,7 @@ import ctypes
 import os
 import signal
 import sys
+import time
 from typing import Any
 
 import grpc
@@ -29,6 +30,13 @@ REFUSALS = {
     "unsupported": (grpc.StatusCode.INVALID_ARGUMENT, "architecture Mamba is not supported"),
     "breaks": (grpc.StatusCode.INTERNAL, "a bug"),
 }
+
+
+def _leave_connections_open() -> None:
+    """A child holds them for a moment: their end will not tell the agent that this process is gone."""
+    if ctypes.CDLL(None).fork() == 0:
+        time.sleep(2)
+        os._exit(0)
 
 
 class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
@@ -50,7 +58,9 @@ class ScriptedWorker(worker_pb2_grpc.WorkerServiceServicer):
         wanted = request.replica
         if wanted.model in REFUSALS:
             await context.abort(*REFUSALS[wanted.model])
-        if wanted.model == "dies":
+        if wanted.model == "dies connected":
+            _leave_connections_open()
+        if wanted.model.startswith("dies"):
             os.kill(os.getpid(), signal.SIGKILL)
         if wanted.model == "silent":
             await asyncio.Event().wait()

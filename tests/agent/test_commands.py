@@ -226,7 +226,7 @@ async def test_the_workers_refusal_is_passed_on(
         assert await node.start("r-1", "fine") == "cpu:0", "the same id may be used for something else"
 
 
-@pytest.mark.parametrize("model", ["dies", "silent"])
+@pytest.mark.parametrize("model", ["dies", "dies connected", "silent"])
 async def test_a_worker_lost_in_a_start_frees_the_device(
     open_node: OpenNode, eventually: Eventually, model: str
 ) -> None:
