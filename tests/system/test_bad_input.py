@@ -14,7 +14,7 @@ from tests.system.conftest import MODEL, StartCluster, answers, client_of, servi
 
 from layercast_cli.local import LocalCluster
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 
 
 def _told(cluster: LocalCluster) -> str:

@@ -115,7 +115,6 @@ def test_alerts_are_valid_and_fire() -> None:
 
 @needs_prometheus
 @pytest.mark.processes
-@pytest.mark.xdist_group("clusters")
 @pytest.mark.slow
 @pytest.mark.timeout(240)
 async def test_every_panel_has_data(model_folder: Path, tmp_path: Path, start_cluster: StartCluster) -> None:

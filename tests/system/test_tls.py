@@ -22,7 +22,7 @@ from layercast_cli.local import LocalCluster
 from layercast_cli.ports import free_ports
 from layercast_cli.state import write_atomic
 
-pytestmark = [pytest.mark.processes, pytest.mark.xdist_group("clusters"), pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.processes, pytest.mark.timeout(240)]
 
 TOKENS = 12
 
