@@ -13,8 +13,14 @@ Right = dict[str, str]
 
 def test_the_smallest_sample_serves(served: Bed, right: Right) -> None:
     assert "Paris" in right["The capital of France is"]
-    conditions = {c["type"]: c["status"] for c in served.status()["conditions"]}
-    assert conditions["Ready"] == conditions["WeightsLoaded"] == "True"
+    # Answers come before the last layer does.
+    served.wait(lambda: conditions_of(served)["WeightsLoaded"] == "True", "all parameters are there")
+    assert conditions_of(served)["Ready"] == "True"
+
+
+def conditions_of(served: Bed) -> dict[str, str]:
+    """Status by type."""
+    return {c["type"]: c["status"] for c in served.status()["conditions"]}
 
 
 def test_the_doctor_finds_nothing(served: Bed) -> None:
