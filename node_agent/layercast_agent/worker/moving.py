@@ -90,6 +90,18 @@ class Mover:
         self.pauses = Compared()
         self._pause = Mean()
         self._moving: set[str] = set()
+        self._listening: dict[str, asyncio.Queue[Piece | None]] = {}
+
+    def listen(self, seq: Sequence) -> None:
+        """Keep the KV of a prompt from its first step on, until `move` or `forget`. Before it enters the engine."""
+        pieces = self._listening[seq.request_id] = asyncio.Queue()
+        follower = _into(pieces, asyncio.get_running_loop())
+        self._desk.tell(lambda engine: engine.moves.follow(seq.request_id, follower))
+
+    def forget(self, seq: Sequence) -> None:
+        """Whatever was kept for the request; unknown ones succeed."""
+        self._listening.pop(seq.request_id, None)
+        self._desk.tell(lambda engine: engine.moves.unfollow(seq.request_id))
 
     async def move(self, seq: Sequence, to: pb.Peer, *, from_prompt: bool = False) -> bool:
         """Whether the request is the other replica's now. It is where it was otherwise, ended, or at its gateway.
@@ -121,9 +133,9 @@ class Mover:
     async def _follow(self, route: _Route) -> None:
         """Brings the KV of a prompt while it is computed; returns with its last piece."""
         seq = route.seq
-        pieces: asyncio.Queue[Piece | None] = asyncio.Queue()
-        follower = _into(pieces, asyncio.get_running_loop())
-        await self._desk.ask(lambda engine: engine.moves.follow(seq.request_id, follower))
+        if seq.request_id not in self._listening:
+            self.listen(seq)
+        pieces = self._listening[seq.request_id]
         try:
             while self._desk.owned.get(seq.request_id) is seq:
                 try:
@@ -135,7 +147,7 @@ class Mover:
                     return
                 await self._forward(route, piece)
         finally:
-            self._desk.tell(lambda engine: engine.moves.unfollow(seq.request_id))
+            self.forget(seq)
 
     async def _forward(self, route: _Route, piece: Piece) -> None:
         held = min(route.held[piece.first : piece.last])

@@ -38,13 +38,18 @@ class Onward:
         """A request is this replica's from now on."""
         place = seq.decode_at
         if place is not None and place.replica_id != self._desk.replica_id and seq.sampling.max_tokens > 1:
+            if not seq.sampling.logprobs:
+                self._mover.listen(seq)
             self._spawn(self._send(seq, place))
 
     async def _send(self, seq: Sequence, place: DecodePlace) -> None:
         to = peer_pb2.Peer(peer_id=place.replica_id, address=place.address)
-        for _ in range(TRIES_MAX):
-            if self._desk.owned.get(seq.request_id) is not seq or self._desk.refuses:
-                return  # a drain moves it by itself
-            if await self._mover.move(seq, to, from_prompt=True):
-                return
-            await asyncio.sleep(AGAIN_S)
+        try:
+            for _ in range(TRIES_MAX):
+                if self._desk.owned.get(seq.request_id) is not seq or self._desk.refuses:
+                    return  # a drain moves it by itself
+                if await self._mover.move(seq, to, from_prompt=True):
+                    return
+                await asyncio.sleep(AGAIN_S)
+        finally:
+            self._mover.forget(seq)
