@@ -14,7 +14,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from typing import Any
 
 import grpc
@@ -35,7 +34,7 @@ REFUSALS = {
 def _leave_connections_open() -> None:
     """A child holds them for a moment: their end will not tell the agent that this process is gone."""
     if ctypes.CDLL(None).fork() == 0:
-        time.sleep(2)
+        signal.sigtimedwait((signal.SIGTERM,), 2)
         os._exit(0)
 
 
