@@ -84,13 +84,12 @@ Estimates = Mapping[tuple[What, str], Correction]
 
 def predict(estimates: Estimates, what: What, way: str, *, prior_s: float, at: float) -> Prediction:
     """The estimate for something that begins now."""
-    known = estimates.get((what, way), Correction())
     return Prediction(
         what=what,
         way=way,
         begun_at=at,
         prior_s=round(prior_s, 3),
-        predicted_s=round(prior_s * known.factor, 3),
+        predicted_s=round(prior_s * factor_of(estimates, what, way), 3),
     )
 
 
