@@ -34,12 +34,13 @@ RESULT = "RESULT "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """What a part said. `figures` is None when it failed."""
+    """What a part said; it may have figures and fail all the same, by a wrong result."""
 
     part: str
     seconds: float
     log: str
-    figures: dict[str, float | str] | None
+    figures: dict[str, float | str]
+    failed: bool
 
 
 def start(part: str, arguments: argparse.Namespace, folder: Path) -> subprocess.Popen[str]:
@@ -59,8 +60,13 @@ def finish(part: str, process: subprocess.Popen[str], folder: Path, *, limit_s: 
         process.wait()
     log = (folder / f"{part}.log").read_text()
     results = [line for line in log.splitlines() if line.startswith(RESULT)]
-    figures = json.loads(results[-1].removeprefix(RESULT)) if results and process.returncode == 0 else None
-    return Outcome(part=part, seconds=time.monotonic() - began, log=log, figures=figures)
+    return Outcome(
+        part=part,
+        seconds=time.monotonic() - began,
+        log=log,
+        figures=json.loads(results[-1].removeprefix(RESULT)) if results else {},
+        failed=process.returncode != 0 or not results,
+    )
 
 
 def let_go(process: subprocess.Popen[str], ceilings: dict[str, float | str]) -> None:
@@ -79,13 +85,13 @@ def run(arguments: argparse.Namespace, folder: Path) -> list[Outcome]:
     try:
         for wave in WAVES:
             running = {part: process for part, process in processes.items() if part in wave}
-            known = {k: v for outcome in outcomes for k, v in (outcome.figures or {}).items()}
+            known = {k: v for outcome in outcomes for k, v in outcome.figures.items()}
             for process in running.values():
                 let_go(process, known)
             for part, process in running.items():
                 outcome = finish(part, process, folder, limit_s=ends - time.monotonic())
                 outcomes.append(outcome)
-                print(f"== {part}: {'failed' if outcome.figures is None else 'ok'}, {outcome.seconds:.1f} s")
+                print(f"== {part}: {'failed' if outcome.failed else 'ok'}, {outcome.seconds:.1f} s")
                 print(re.sub(rf"^{RESULT}.*\n?", "", outcome.log, flags=re.MULTILINE).rstrip(), flush=True)
     finally:
         for process in processes.values():
@@ -114,8 +120,8 @@ def main() -> int:
             "hardware": report.hardware(),
         }
         for outcome in outcomes:
-            figures |= outcome.figures or {}
-        figures["failed"] = [outcome.part for outcome in outcomes if outcome.figures is None]
+            figures |= outcome.figures
+        figures["failed"] = [outcome.part for outcome in outcomes if outcome.failed]
         print(report.table(["figure", "value"], [[key, _shown(value)] for key, value in figures.items()]))
         (folder / "gpu.json").write_text(json.dumps(figures, indent=1) + "\n")
         print(report.last_line(figures))

@@ -21,6 +21,7 @@ from layercast_agent.engine.sequence import SamplingParams, Sequence
 from layercast_agent.layout import SegmentSpec, plan_segments
 
 Figures = dict[str, float | str]
+"""What a part measured, by name; under "wrong", where there is such a name, what makes the part fail."""
 
 LLAMA_8B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -81,7 +82,10 @@ def main(measure: Callable[[Setting], Figures]) -> None:
     if device.type == "cpu" and mode != "small":
         sys.exit("no GPU here: --small runs everywhere")
     figures = measure(Setting(mode=mode, device=device, known=known))
+    wrong = figures.pop("wrong", "")
     print("RESULT " + json.dumps(figures), flush=True)
+    if wrong:
+        sys.exit(f"WRONG: {wrong}")
 
 
 def synchronize(device: torch.device) -> None:

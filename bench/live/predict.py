@@ -17,10 +17,10 @@ from layercast_agent.live import LiveRequest, choose_quantum, choose_take
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """One scale-up from one replica to two; seconds.
+    """One scale-up from one replica to `1 + targets`; seconds.
 
-    `service_s` is what one request costs one replica in all its layers. Layer i of the target can be executed from
-    `decided_at_s + first_layer_s + i * layer_load_s` on.
+    `service_s` is what one request costs one replica in all its layers. Layer i of a target can be executed from
+    `decided_at_s + first_layer_s + i * layer_load_s` on: along a chain they differ by a chunk only.
     """
 
     layers: int
@@ -28,6 +28,7 @@ class World:
     decided_at_s: float
     first_layer_s: float
     layer_load_s: float
+    targets: int = 1
 
     def resident(self, layer: int, now: float) -> bool:
         """Whether the target can execute that layer."""
@@ -40,8 +41,8 @@ class World:
 
 
 def stop_the_world(arrivals: Sequence[float], world: World) -> list[float]:
-    """Time to first token of each arrival when the second replica joins complete."""
-    free = [(0.0, 0), (world.complete_at_s, 1)]
+    """Time to first token of each arrival when the new replicas join complete."""
+    free = [(0.0, 0), *((world.complete_at_s, 1 + target) for target in range(world.targets))]
     heapq.heapify(free)
     waits = []
     for at in arrivals:
@@ -53,12 +54,12 @@ def stop_the_world(arrivals: Sequence[float], world: World) -> list[float]:
 
 
 def live(arrivals: Sequence[float], world: World) -> list[float]:
-    """... when the second replica executes what it has, and requests go between the two by handoff."""
+    """... when the new replicas execute what they have, and requests go between all of them by handoff."""
     return _Live(arrivals, world).run()
 
 
 class _Live:
-    """Two loops over one queue, from event to event."""
+    """Loops over one queue, the source's and one for each target, from event to event."""
 
     def __init__(self, arrivals: Sequence[float], world: World) -> None:
         self._arrivals = arrivals
@@ -68,16 +69,18 @@ class _Live:
         self._done: dict[int, float] = {}
         self._next = 0
         self._source_free = 0.0
-        self._target_free = 0.0
-        self._running: LiveRequest | None = None
+        self._target_free = [0.0] * world.targets
+        self._running: list[LiveRequest | None] = [None] * world.targets
 
     def run(self) -> list[float]:
         now = 0.0
         while len(self._done) < len(self._arrivals):
             self._arrive(now)
-            self._end_quantum(now)
+            for target in range(self._world.targets):
+                self._end_quantum(target, now)
             self._source_takes(now)
-            self._target_runs(now)
+            for target in range(self._world.targets):
+                self._target_runs(target, now)
             now = self._after(now)
         return [self._done[index] - at for index, at in enumerate(self._arrivals)]
 
@@ -87,11 +90,11 @@ class _Live:
             self._queue.append(LiveRequest(request_id=f"{self._next:09d}", arrived_at=at, layers_done=0))
             self._next += 1
 
-    def _end_quantum(self, now: float) -> None:
-        running = self._running
-        if running is None or self._target_free > now:
+    def _end_quantum(self, target: int, now: float) -> None:
+        running = self._running[target]
+        if running is None or self._target_free[target] > now:
             return
-        self._running = None
+        self._running[target] = None
         ended = replace(running, layers_done=running.layers_done + 1)
         if ended.layers_done == self._world.layers:
             self._done[int(ended.request_id)] = now
@@ -101,16 +104,15 @@ class _Live:
     def _source_takes(self, now: float) -> None:
         if self._source_free > now:
             return
-        waiting = [each for each in self._queue if each is not self._running]
-        taken = choose_take(waiting, giver_complete=False)
+        taken = choose_take(self._queue, giver_complete=False)
         if taken is None:
             return
         self._queue.remove(taken)
         self._source_free = now + (self._world.layers - taken.layers_done) * self._layer_s
         self._done[int(taken.request_id)] = self._source_free
 
-    def _target_runs(self, now: float) -> None:
-        if self._running is not None:
+    def _target_runs(self, target: int, now: float) -> None:
+        if self._running[target] is not None:
             return
         world = self._world
         chosen = choose_quantum(
@@ -118,11 +120,12 @@ class _Live:
         )
         if chosen is not None:
             self._queue.remove(chosen)
-            self._running, self._target_free = chosen, now + self._layer_s
+            self._running[target], self._target_free[target] = chosen, now + self._layer_s
 
     def _after(self, now: float) -> float:
         """The next moment at which anything can change."""
-        times = [self._source_free, self._target_free if self._running is not None else 0.0]
+        times = [self._source_free]
+        times += [free for free, run in zip(self._target_free, self._running, strict=True) if run is not None]
         if self._next < len(self._arrivals):
             times.append(self._arrivals[self._next])
         world = self._world

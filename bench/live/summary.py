@@ -19,7 +19,10 @@ SLO_FACTOR = 5.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Figures:
-    """One run. Times in seconds; `attainment` is the part of the requests that met both objectives."""
+    """One run. Times in seconds; `attainment` is the part of the requests that met both objectives.
+
+    `decided_s`, `load_s` and `added` (replicas) are of the first scale-up under overload.
+    """
 
     policy: str
     requests: int
@@ -33,6 +36,7 @@ class Figures:
     handoffs: int
     decided_s: float | None
     load_s: float | None
+    added: int
 
 
 def figures(played: Played, calibration: Calibration, shape: Shape) -> Figures:
@@ -40,7 +44,7 @@ def figures(played: Played, calibration: Calibration, shape: Shape) -> Figures:
     answered = [each for each in played.requests if each.ok]
     ttft = [each.ttft_s for each in answered if each.ttft_s is not None]
     gaps = [gap for each in answered for gap in each.tbt_s]
-    decided, load = _scale(played, shape)
+    decided, load, added = _scale(played, shape)
     met = sum(1 for each in answered if meets(each, calibration))
     return Figures(
         policy=played.policy,
@@ -55,6 +59,7 @@ def figures(played: Played, calibration: Calibration, shape: Shape) -> Figures:
         handoffs=round(played.handoffs),
         decided_s=decided,
         load_s=load,
+        added=added,
     )
 
 
@@ -129,22 +134,23 @@ def _predicted(
             decided_at_s=run.decided_s or 0.0,
             first_layer_s=load_s / layers,
             layer_load_s=load_s / layers,
+            targets=max(1, run.added),
         )
         waits.append(percentile(model(arrivals, world), 0.99))
     return _ratio(*waits)
 
 
-def _scale(played: Played, shape: Shape) -> tuple[float | None, float | None]:
-    """(decision in seconds of the run, seconds from there to the first complete new replica)."""
+def _scale(played: Played, shape: Shape) -> tuple[float | None, float | None, int]:
+    """(decision in seconds of the run, seconds from there to the first complete new replica, new replicas)."""
     after = played.started_at + (shape.overload_at_s or 0.0)
     ups = sorted(
         (each for each in played.scales if each.up and each.decided_at >= after), key=lambda up: up.decided_at
     )
     if not ups:
-        return None, None
+        return None, None, 0
     complete = [each.complete_at for each in ups[0].replicas if each.complete_at is not None]
     load = min(complete) - ups[0].decided_at if complete else None
-    return ups[0].decided_at - played.started_at, load
+    return ups[0].decided_at - played.started_at, load, len(ups[0].replicas)
 
 
 def _three(values: Sequence[float]) -> tuple[float, float, float]:

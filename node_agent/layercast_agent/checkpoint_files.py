@@ -27,9 +27,10 @@ class PackedCheckpoint:
 
     manifest: Manifest
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, manifest: Manifest | None = None) -> None:
+        """`manifest` is what the folder holds, where that is known; else it is read."""
         self.folder = folder
-        self.manifest = read_manifest(folder)
+        self.manifest = manifest or read_manifest(folder)
         self._maps: list[mmap.mmap] = []
         self._data: list[memoryview] = []
         self._data_starts: list[int] = []
@@ -108,6 +109,18 @@ def read_manifest(folder: Path) -> Manifest:
         raise CheckpointError(str(error), file=path, tensor=error.tensor) from error
 
 
+def holds(folder: Path, digest: str) -> bool:
+    """Whether the packed folder says that it holds that checkpoint. CheckpointError when it says nothing.
+
+    For who has the manifest already and verifies chunks against it: parsing it once more takes milliseconds.
+    """
+    path = folder / MANIFEST_FILE
+    try:
+        return f'"digest":"{digest}"'.encode() in path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
+
+
 def read_files(folder: Path, manifest: Manifest) -> dict[str, bytes]:
     """The small files of a packed folder by name, checked against the manifest's sha256."""
     files = {}
@@ -173,6 +186,8 @@ def _map(path: Path, segment: SegmentSpec) -> tuple[mmap.mmap, int]:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
             found = os.pread(file.fileno(), len(header), 0)
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with contextlib.suppress(OSError):  # a kernel or file system without huge pages
+                mapped.madvise(mmap.MADV_HUGEPAGE)  # what a use of the mapping reads is read in them
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror}", file=path) from error
     if found != header:

@@ -29,6 +29,10 @@ from layercast_agent.tensor_parallel import Part, Split, part_of
 MANIFEST_FILE = "manifest.json"
 FILES_FOLDER = "files"
 
+WRITE_BYTES = 2 * 1024 * 1024
+"""Files are written in aligned pieces of this size: the page cache then has them in huge pages, which are mapped at
+once when the file is used as it lies there (150 GB/s against 18 of small pages, docs/adr/0008)."""
+
 EXACT_SUFFIX = ".e_score_correction_bias"
 """Routers' corrections keep the precision of their file: rounded, they would send tokens to other experts."""
 
@@ -140,7 +144,13 @@ class _ChunkWriter:
         full = self._chunk[: self._filled]
         self._crcs.append(zlib.crc32(full))
         self._checksum.update(full)
-        self._file.write(full)
+        done = 0
+        while done < len(
+            full
+        ):  # up to a multiple of WRITE_BYTES each: the file's buffer is so big, and leaves whole
+            end = done + WRITE_BYTES - self._file.tell() % WRITE_BYTES
+            self._file.write(full[done:end])
+            done = end
         self._filled = 0
         self._wrote(len(full))
 
@@ -153,7 +163,7 @@ def _pack_segment(
     wrote: Callable[[int], None],
 ) -> SegmentSpec:
     path = folder / segment_file(plan.index)
-    with path.open("wb") as file:
+    with path.open("wb", buffering=WRITE_BYTES) as file:
         file.write(packed_header(plan))
         writer = _ChunkWriter(file, chunk_bytes=chunk_bytes, wrote=wrote)
         for tensor in plan.tensors:

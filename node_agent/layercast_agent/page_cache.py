@@ -12,17 +12,14 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-import threading
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 CACHESTAT = 451  # the same number on every architecture
 FAULT_AROUND_BYTES = 64 * 1024  # how many the kernel enters at once, unless somebody changed it
-FAULT_THREADS_MAX = 4
 VERIFIED_ATTRIBUTE = "user.layercast.verified"
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,23 +58,12 @@ def cached_share(descriptor: int, offset: int, mapped: memoryview) -> float:
 def bring_in(mapped: memoryview) -> None:
     """Read what is not in memory, and enter all pages into our page table, so that the first use finds them there.
 
-    On all our cores at once: page faults of different threads do not wait for one another.
+    Without the interpreter lock: page faults of different threads do not wait for one another.
     """
     first, nbytes = _pages(mapped)
     _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), mmap.MADV_WILLNEED)
-    count = min(FAULT_THREADS_MAX, len(os.sched_getaffinity(0)), nbytes // FAULT_AROUND_BYTES + 1)
     data = np.frombuffer(mapped, dtype=np.uint8)
-    parts = np.array_split(data, count)
-    threads = [threading.Thread(target=_touch, args=(part,)) for part in parts[1:]]
-    for thread in threads:
-        thread.start()
-    _touch(parts[0])
-    for thread in threads:
-        thread.join()
-
-
-def _touch(part: npt.NDArray[np.uint8]) -> None:
-    int(part[::FAULT_AROUND_BYTES].sum()) + int(part[-1])  # the kernel enters the neighbours of each page too
+    int(data[::FAULT_AROUND_BYTES].sum()) + int(data[-1])  # the kernel enters the neighbours of each page too
 
 
 def _pages(mapped: memoryview) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-PARTS = ("ceilings", "load", "model", "scaleup")  # kernels and tokens are tests of their own
+PARTS = ("ceilings", "load", "model", "tokens", "scaleup")  # the kernels have tests of their own
 
 
 @pytest.mark.processes

@@ -50,6 +50,7 @@ def test_live_is_never_worse_than_waiting(seed: int) -> None:
         decided_at_s=chance.uniform(0, 5),
         first_layer_s=chance.uniform(0.01, 1),
         layer_load_s=chance.uniform(0.5, 12) / layers,
+        targets=chance.randint(1, 3),
     )
     times, at = [], 0.0
     for _ in range(60):

@@ -269,15 +269,19 @@ def build(family: str, block: str = "auto", *, seed: int | None = None) -> Tiny:
     return Tiny(config=config, judge=judge, model=attached(config, judge, "float32", block), block=block)
 
 
-def attached(config: dict[str, Any], judge: Any, dtype: str, block: str = "auto") -> LayeredModel:
-    """Our model with the judge's parameters, in that precision."""
+def bare(config: dict[str, Any], dtype: str, block: str = "auto", device: torch.device = CPU) -> LayeredModel:
+    """A model without parameters; `block` as `blocks` names them."""
     shape = shape_of(config, dtype)
     if block == "torch":
-        model: LayeredModel = FastModel(
-            config=config, shape=shape, device=CPU, kernels=TorchKernels(), attention=TorchAttention()
+        return FastModel(
+            config=config, shape=shape, device=device, kernels=TorchKernels(), attention=TorchAttention()
         )
-    else:
-        model = build_model(config=config, shape=shape, device=CPU, wanted=Wanted(block))
+    return build_model(config=config, shape=shape, device=device, wanted=Wanted(block))
+
+
+def attached(config: dict[str, Any], judge: Any, dtype: str, block: str = "auto") -> LayeredModel:
+    """Our model with the judge's parameters, in that precision."""
+    model = bare(config, dtype, block)
     tensors = dict(model.named_tensors())
     found = {name: value.to(tensors[name].dtype) for name, value in parameters(judge, model).items()}
     model.attach(packed(found) if model.block.startswith("fast") else found)

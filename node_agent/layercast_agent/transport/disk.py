@@ -12,12 +12,12 @@ from __future__ import annotations
 import contextlib
 import queue
 import threading
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from pathlib import Path
 
 from layercast_agent import transfer_events as ev
-from layercast_agent.checkpoint_files import PackedCheckpoint
+from layercast_agent.checkpoint_files import PackedCheckpoint, holds
 from layercast_agent.crc32 import crc32
 from layercast_agent.direct_io import PackedReader
 from layercast_agent.errors import CheckpointError, PeerRefusedError
@@ -50,8 +50,12 @@ class DiskLink:
         self._close_reason = ""
         self._lock = threading.Lock()
         self._received_bytes = 0
+        self._undecided = deque(segment.index for segment in manifest.segments)
         self._deciding: defaultdict[int, threading.Lock] = defaultdict(threading.Lock)  # by segment
-        self._mapped: dict[int, bool] = {}  # by segment, once decided
+        self._usable: dict[
+            int, memoryview | None
+        ] = {}  # by segment, once decided: the file's bytes as they lie there
+        self._mapped: set[int] = set()
         self._thread = threading.Thread(target=self._run, name="disk", daemon=True)
         self._thread.start()
 
@@ -61,8 +65,12 @@ class DiskLink:
         return self._received_bytes
 
     def fetch(self, chunk: Chunk) -> None:
-        """Queue one chunk for the readers."""
-        self._asked.put_nowait(chunk)
+        """Queue one chunk for the readers; what was decided for before it was asked for is there at once."""
+        usable = self._usable.get(chunk.segment)
+        if usable is None:
+            self._asked.put_nowait(chunk)
+        else:
+            self._map(chunk, usable)
 
     def close(self, reason: str) -> None:
         """Let each reader end after the chunk that it works on."""
@@ -73,11 +81,11 @@ class DiskLink:
                 self._asked.put_nowait(None)
 
     def _run(self) -> None:
-        with self._ending(), contextlib.closing(PackedCheckpoint(self._folder)) as files:
-            self._announce(files)
+        with self._ending(), contextlib.closing(self._open()) as files:
+            self._announce()
             with contextlib.closing(PackedReader(files)) as reader:
                 others = [
-                    threading.Thread(target=self._read_asked, args=(files, reader), name="disk", daemon=True)
+                    threading.Thread(target=self._help, args=(files, reader), name="disk", daemon=True)
                     for _ in range(READERS - 1)
                 ]
                 for thread in others:
@@ -101,9 +109,12 @@ class DiskLink:
         finally:
             self.close(reason)
 
-    def _announce(self, files: PackedCheckpoint) -> None:
-        if files.manifest.digest != self._manifest.digest:
+    def _open(self) -> PackedCheckpoint:
+        if not holds(self._folder, self._manifest.digest):
             raise PeerRefusedError(f"{self._folder} holds another checkpoint")
+        return PackedCheckpoint(self._folder, manifest=self._manifest)
+
+    def _announce(self) -> None:
         everything = {
             segment.index: ((1 << len(segment.chunk_crc32)) - 1).to_bytes(
                 (len(segment.chunk_crc32) + 7) // 8, "little"
@@ -113,39 +124,59 @@ class DiskLink:
         self._request.post(ev.UpstreamConnected(link=self._request.link))
         self._request.post(ev.ChunksAnnounced(link=self._request.link, segments=everything))
 
-    def _read_asked(self, files: PackedCheckpoint, reader: PackedReader) -> None:
+    def _help(self, files: PackedCheckpoint, reader: PackedReader) -> None:
         with self._ending():
-            while (chunk := self._asked.get()) is not None and not self._closing.is_set():
-                self._request.post(self._answer(files, reader, chunk))
+            self._look_ahead(files, reader)
+            self._read_asked(files, reader)
 
-    def _answer(self, files: PackedCheckpoint, reader: PackedReader, chunk: Chunk) -> ev.Event:
-        link = self._request.link
-        if self._is_mapped(files, reader, chunk.segment):
-            return ev.ChunkArrived(link=link, chunk=chunk, whole_segment=True)
+    def _read_asked(self, files: PackedCheckpoint, reader: PackedReader) -> None:
+        while (chunk := self._asked.get()) is not None and not self._closing.is_set():
+            self._answer(files, reader, chunk)
+
+    def _look_ahead(self, files: PackedCheckpoint, reader: PackedReader) -> None:
+        """Decide for segments before they are asked for, as long as files are in memory."""
+        while self._undecided and not self._closing.is_set():
+            with contextlib.suppress(IndexError):  # another reader was faster
+                if self._decide(files, reader, self._undecided.popleft()) is None:
+                    self._undecided.clear()
+
+    def _answer(self, files: PackedCheckpoint, reader: PackedReader, chunk: Chunk) -> None:
+        usable = self._decide(files, reader, chunk.segment)
+        if usable is not None:
+            self._map(chunk, usable)
+            return
         staged = self._landing.staging(chunk)
         self._pace.take(len(staged))
         reader.read(chunk.segment, self._landing.range_of(chunk)[0], staged)
         with self._lock:
             self._received_bytes += len(staged)
-        if self._landing.settle(chunk, staged):
-            return ev.ChunkArrived(link=link, chunk=chunk)
-        return ev.ChunkCorrupt(link=link, chunk=chunk)
+        right = self._landing.settle(chunk, staged)
+        answer = ev.ChunkArrived if right else ev.ChunkCorrupt
+        self._request.post(answer(link=self._request.link, chunk=chunk))
 
-    def _is_mapped(self, files: PackedCheckpoint, reader: PackedReader, segment: int) -> bool:
-        """Decides once for each segment, when its first chunk is asked for: later its pages may have gone."""
+    def _map(self, chunk: Chunk, usable: memoryview) -> None:
+        """Make the file's bytes the memory of the chunk's segment, and say so, once."""
+        with self._lock:
+            if chunk.segment in self._mapped:
+                return  # the answer for another chunk of it has said so
+            self._landing.adopt(chunk.segment, usable)
+            self._mapped.add(chunk.segment)
+        self._request.post(ev.ChunkArrived(link=self._request.link, chunk=chunk, whole_segment=True))
+
+    def _decide(self, files: PackedCheckpoint, reader: PackedReader, segment: int) -> memoryview | None:
+        """The segment's bytes where they can be used as they lie there, once for all: later their pages may go."""
         with self._lock:
             deciding = self._deciding[segment]
         with deciding:
-            if segment not in self._mapped:
+            if segment not in self._usable:
                 view = files.view(segment, 0, self._manifest.segments[segment].nbytes)
                 able = self._landing.may_adopt(segment) and not self._pace.limits
                 share = reader.cached_share(segment, view) if able else 0.0
-                maps = share >= MAPPED_SHARE_MIN and self._is_sound(files, segment)
-                if maps:
+                usable = share >= MAPPED_SHARE_MIN and self._is_sound(files, segment)
+                if usable:
                     bring_in(view)
-                    self._landing.adopt(segment, view)
-                self._mapped[segment] = maps
-            return self._mapped[segment]
+                self._usable[segment] = view if usable else None
+            return self._usable[segment]
 
     def _is_sound(self, files: PackedCheckpoint, segment: int) -> bool:
         """Whether the mapped bytes are the manifest's. A wrong chunk is told when it is read as usual."""
