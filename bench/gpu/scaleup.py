@@ -151,25 +151,33 @@ class Run:
     def _quantum(self, engine: Engine) -> bool:
         able = {seq.request_id: seq for seq in engine.waiting}
         able |= {seq.request_id: seq for seq in self.queue if engine.has_room(seq)}
+        queue = [_seen(seq) for seq in able.values()]
         chosen = live.choose_quantum(
-            map(_seen, able.values()),
+            queue,
             layers=engine.model.shape.layers,
             resident=lambda layer: layer + 1 in self.landed,
         )
         if chosen is None:
             return False
-        seq = able[chosen.request_id]
-        if seq in self.queue:
-            self.queue.remove(seq)
-            # Offered by the source, with its embeddings.
-            self._timed(self.target, self.source.engine.embed, seq)
-            engine.add(seq)
-        self._timed(self.target, engine.run_layer, seq)
+        joined = live.join_quantum(chosen, queue, tokens_max=engine.limits.joined_tokens_max)
+        seqs = [able[each.request_id] for each in joined]
+        for seq in seqs:
+            if seq in self.queue:
+                self.queue.remove(seq)
+                # Offered by the source, with its embeddings.
+                self._timed(self.target, self.source.engine.embed, seq)
+                engine.add(seq)
+        self._timed(self.target, engine.run_layer, *seqs)
         return True
 
 
 def _seen(seq: Sequence) -> live.LiveRequest:
-    return live.LiveRequest(request_id=seq.request_id, arrived_at=seq.arrived_at, layers_done=seq.layers_done)
+    return live.LiveRequest(
+        request_id=seq.request_id,
+        arrived_at=seq.arrived_at,
+        layers_done=seq.layers_done,
+        tokens=seq.prefix_length,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

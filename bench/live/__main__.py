@@ -39,6 +39,10 @@ POLICIES = ("live", "stop-the-world", "ttl-cache", "static")
 PEAK_UTILISATION = 0.7
 """Who provisions for the peak leaves this much: two replicas at nine tenths of their capacity only queue."""
 
+QUEUE = (3.0, 4.0)
+"""The queue that is aimed at, in prompts that wait for one replica: who waits for four has nearly used up the objective
+of five times an idle replica's time to first token, and a replica for less than three would be more than is needed."""
+
 CONTEXT_TOKENS = 1024
 EMBED_AND_LAYERS = "config.json"
 
@@ -197,7 +201,10 @@ def run(plan: Plan) -> dict[str, object]:
     speed = rates(plan, calibration)
     shape = shape_of(plan, calibration, speed)
     setting = replace(
-        setting, link_bytes_per_s=speed.link_bytes_per_s, disk_bytes_per_s=speed.disk_bytes_per_s
+        setting,
+        link_bytes_per_s=speed.link_bytes_per_s,
+        disk_bytes_per_s=speed.disk_bytes_per_s,
+        queue_s=(QUEUE[0] * calibration.ttft_s, QUEUE[1] * calibration.ttft_s),
     )
     print(
         f"one replica: {calibration.capacity:.2f} requests/s, alone {calibration.ttft_s * 1000:.0f} ms to the first "
@@ -277,7 +284,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     add("--disk-slower", type=float, default=10.0, help="disk against link (%(default)s)")
     add("--low", type=float, default=0.5, help="step: before, times one replica's capacity (%(default)s)")
     add("--high", type=float, default=1.8, help="step: after (%(default)s)")
-    add("--low-s", type=float, default=25.0, help="step: seconds before (%(default)s)")
+    add("--low-s", type=float, default=20.0, help="step: seconds before (%(default)s)")
     add("--loads", type=float, default=3.0, help="step: how many loads from disk it outlasts (%(default)s)")
     add("--seconds", type=float, default=100.0, help="other shapes: length of a run (%(default)s)")
     add(
@@ -286,8 +293,8 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=27, help="of a prompt, median (%(default)s)")
-    add("--output-tokens", type=int, default=8, help="of an answer, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=22, help="of a prompt, median (%(default)s)")
+    add("--output-tokens", type=int, default=4, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)
     add("--model-dir", type=Path, default=default_model_dir())

@@ -28,12 +28,15 @@ MODEL = "bench"
 READY_DEADLINE_S = 180.0
 REQUEST_DEADLINE_S = 240.0
 CALIBRATION_PROMPTS = 12
-CAPACITY_REQUESTS = 32
+BATCH_SIZE = 16
+CAPACITY_SLOTS = 24
+"""Requests at once in the closed loop that finds a replica's capacity: a full batch, and some that wait for it."""
+CAPACITY_REQUESTS = 96
 CACHING = ("ttl-cache", "host-cache")
 """Policies that need host memory on every node. The others load from a replica's device, over the link."""
 WARM_REQUESTS = 8
 SLOTS = 8
-"""Requests at once in the closed loop that finds a replica's capacity."""
+"""Requests at once while the answers are asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +53,8 @@ class Setting:
     link_bytes_per_s: int = 0
     disk_bytes_per_s: int = 0
     host_pool_bytes: int = 1 << 30
+    queue_s: tuple[float, float] = (0.5, 1.5)
+    """The queue, in seconds of work, below and above which replicas are too many or too few."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,14 +96,14 @@ def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> di
             "mode": "Recommend",
             "policy": policy,
             "targets": {
-                "queueSeconds": {"low": 0.6, "high": 0.8},
+                "queueSeconds": {"low": setting.queue_s[0], "high": setting.queue_s[1]},
                 "kvUtilization": {"low": 0.75, "high": 0.95},
                 "prefillTokensPerSecond": 0,
             },
             "windows": {"scaleDownSeconds": 30},
         },
         # A few prompts come again and again: known beginnings would make most of the work vanish.
-        "serving": {"contextLength": setting.context_length, "batchSize": 16, "prefixCaching": False},
+        "serving": {"contextLength": setting.context_length, "batchSize": BATCH_SIZE, "prefixCaching": False},
         "drain": {"graceSeconds": 20},
     }
     return document_of(MODEL, spec)
@@ -137,7 +142,9 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
         single = await traffic.few_at_a_time(few, phase="single", concurrency=1, max_tokens=setting.tokens)
         began = time.monotonic()
         many = list(everything) * max(2, math.ceil(CAPACITY_REQUESTS / len(everything)))
-        full = await traffic.few_at_a_time(many, phase="full", concurrency=SLOTS, max_tokens=setting.tokens)
+        full = await traffic.few_at_a_time(
+            many, phase="full", concurrency=CAPACITY_SLOTS, max_tokens=setting.tokens
+        )
         elapsed = time.monotonic() - began
     broken = [each for each in (*answers, *single, *full) if not each.ok]
     if broken:

@@ -3,7 +3,8 @@
 This is ZigZag in its ILP-free form (BlitzScale, OSDI'25, section 5.2 and figure 16). Two loops share one
 queue, which lives at the target, the replica that is still loading:
 
-* the target runs exactly one layer at a time: of the earliest request whose next layer is resident;
+* the target runs exactly one layer at a time: of the earliest request whose next layer is resident, and, as a layer's
+  parameters are read once for all, of others that wait for the same layer, as long as that costs little;
 * the source, a complete and overloaded replica, takes the earliest request whenever it is idle, with the
   layers done so far, and runs the rest.
 
@@ -24,11 +25,12 @@ from enum import Enum
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LiveRequest:
-    """What the choice depends on."""
+    """What the choice depends on. `tokens` of its prefix; 0 where that plays no part."""
 
     request_id: str
     arrived_at: float
     layers_done: int
+    tokens: int = 0
 
 
 def _order(request: LiveRequest) -> tuple[float, str]:
@@ -45,6 +47,23 @@ def choose_quantum(
     """
     ready = (r for r in queue if r.layers_done < layers and resident(r.layers_done))
     return min(ready, key=_order, default=None)
+
+
+def join_quantum(chosen: LiveRequest, queue: Iterable[LiveRequest], *, tokens_max: int) -> list[LiveRequest]:
+    """Whose same layer runs in one go with the chosen request's: earliest first, at most `tokens_max` tokens in all.
+
+    The chosen one is the first, however long it is. Below so many tokens a layer costs what reading its parameters
+    costs, so the others ride along; the paper's quantum, one layer of one batch, has that inside.
+    """
+    joined, tokens = [chosen], chosen.tokens
+    for request in sorted(queue, key=_order):
+        if request == chosen or request.layers_done != chosen.layers_done:
+            continue
+        if tokens + request.tokens > tokens_max:
+            break
+        joined.append(request)
+        tokens += request.tokens
+    return joined
 
 
 def choose_take(queue: Iterable[LiveRequest], *, giver_complete: bool) -> LiveRequest | None:

@@ -115,6 +115,31 @@ def test_layers_gather_between_steps(tiny: Any, families: ModuleType, budget: in
         assert families.tokens(events, f"r{index}") == tiny.expected(prompt, COUNT)
 
 
+def test_layers_of_several_requests_in_one_go(tiny: Any, families: ModuleType) -> None:
+    """Requests of different lengths through each layer together; one of them goes on elsewhere, the others here."""
+    prompts = families.prompts([11, 3, 26])
+    giver, taker = tiny.engine(), tiny.engine(step_tokens_max=10)
+    seqs = [
+        families.sequence(prompt, COUNT, name=f"r{at}", arrived_at=at) for at, prompt in enumerate(prompts)
+    ]
+    for seq in seqs:
+        giver.add(seq)
+    giver.run_layer(*seqs[:2])
+    with pytest.raises(ValueError, match="no layer to run"):
+        giver.run_layer(*seqs)
+    giver.run_layer(seqs[2])
+    giver.run_layer(*seqs)
+    given = seqs[1]
+    state = bytes(giver.export_state(given).numpy())
+    giver.release(given)
+    taken = families.sequence(prompts[1], COUNT, name="r1")
+    taker.add(taken)
+    taker.import_state(taken, 2, state)
+    events = families.run(giver) + families.run(taker)
+    for at, prompt in enumerate(prompts):
+        assert families.tokens(events, f"r{at}") == tiny.expected(prompt, COUNT)
+
+
 def test_replay_continues_greedily(tiny: Any, families: ModuleType) -> None:
     prompt = families.prompts([12])[0]
     whole = tiny.expected(prompt, COUNT)

@@ -11,6 +11,7 @@ from layercast_agent.live import (
     Strategy,
     choose_quantum,
     choose_take,
+    join_quantum,
     mean_completion,
     simulate,
 )
@@ -76,6 +77,7 @@ REQUESTS = st.lists(
         request_id=st.uuids().map(str),
         arrived_at=st.floats(0, 100),
         layers_done=st.integers(0, 8),
+        tokens=st.integers(1, 200),
     ),
     unique_by=lambda r: r.request_id,
     max_size=8,
@@ -90,6 +92,24 @@ def test_a_quantum_is_always_the_earliest_that_can_run(queue: list[LiveRequest],
     if chosen is not None:
         assert chosen in able
         assert all(chosen.arrived_at <= other.arrived_at for other in able)
+
+
+@given(queue=REQUESTS, resident=st.sets(st.integers(0, 7)), tokens_max=st.integers(1, 400))
+def test_who_rides_along_waits_for_the_same_layer_and_nobody_is_passed(
+    queue: list[LiveRequest], resident: set[int], tokens_max: int
+) -> None:
+    chosen = choose_quantum(queue, layers=8, resident=resident.__contains__)
+    if chosen is None:
+        return
+    joined = join_quantum(chosen, queue, tokens_max=tokens_max)
+    able = sorted(
+        (r for r in queue if r.layers_done == chosen.layers_done), key=lambda r: (r.arrived_at, r.request_id)
+    )
+    assert joined == able[: len(joined)]
+    assert joined[0] == chosen
+    together = sum(r.tokens for r in joined)
+    assert len(joined) == 1 or together <= tokens_max
+    assert len(joined) == len(able) or together + able[len(joined)].tokens > tokens_max
 
 
 @given(queue=REQUESTS)

@@ -28,7 +28,8 @@ class Preparation:
         self._page_size = page_size
         self._failure: Exception | None = None
         self._for_prompts, self._for_all = threading.Event(), threading.Event()
-        threading.Thread(target=self._run, name="kernels", daemon=True).start()
+        # No daemon: the interpreter would end it in the middle of a compiler, which ends the process with SIGABRT.
+        threading.Thread(target=self._run, name="kernels").start()
 
     def wait(self, *, few: bool) -> None:
         """Returns once the kernels of a batch of few rows, or of many, are there. Raises what went wrong with them."""

@@ -190,22 +190,28 @@ class Engine:
         return events
 
     @torch.inference_mode()
-    def run_layer(self, seq: Sequence) -> None:
-        """Runs exactly one more layer on all prefix tokens of a waiting request; that layer must be attached.
+    def run_layer(self, *seqs: Sequence) -> None:
+        """Runs exactly one more layer on all prefix tokens of waiting requests that are at the same layer.
 
-        Embeds first when nothing was done yet. Reserves the request's pages on first use: NoCapacityError when too
-        few are free. ValueError when all layers are done or the request does not wait here.
+        That layer must be attached. Embeds first when nothing was done yet. Reserves the requests' pages on first use:
+        NoCapacityError when too few are free. ValueError when all layers are done, the requests are at different
+        layers, or one does not wait here.
         """
-        if seq not in self.waiting or seq.layers_done >= self._layers:
-            raise ValueError(f"request {seq.request_id} has no layer to run")
-        self._scheduler.reserve(seq)
-        self.embed(seq)
-        assert seq.hidden is not None
-        layer = seq.layers_done
-        batch = BatchPlan.of(self._kv, [Span(start=0, count=seq.prefix_length, pages=seq.pages)])
-        seq.hidden = self.model.run_layers(layer, layer + 1, seq.hidden, batch)
-        seq.layers_done = layer + 1
-        self._prefill_layer_tokens += seq.prefix_length
+        layer = seqs[0].layers_done
+        for seq in seqs:
+            if seq not in self.waiting or seq.layers_done != layer or layer >= self._layers:
+                raise ValueError(f"request {seq.request_id} has no layer to run")
+        spans = []
+        for seq in seqs:
+            self._scheduler.reserve(seq)
+            self.embed(seq)
+            spans.append(Span(start=0, count=seq.prefix_length, pages=seq.pages))
+        hidden = torch.cat([seq.hidden for seq in seqs if seq.hidden is not None])
+        hidden = self.model.run_layers(layer, layer + 1, hidden, BatchPlan.of(self._kv, spans))
+        for seq, part in zip(seqs, hidden.split([span.count for span in spans]), strict=True):
+            seq.hidden = part
+            seq.layers_done = layer + 1
+            self._prefill_layer_tokens += seq.prefix_length
 
     @torch.inference_mode()
     def embed(self, seq: Sequence) -> None:

@@ -1,9 +1,8 @@
 """The source's side of live scale-up: shares its queue with replicas that are still loading.
 
 One task of a complete replica. New and waiting requests are offered to the targets, with the hidden states after
-the embedding; whenever the engine has no prefill of its own, the earliest request is taken back with the layers done
-so far (`live.choose_take` at the target) and finished here. Running decodes go on meanwhile, batched with whatever
-was taken.
+the embedding; while a step runs, the earliest requests, as many as the next one computes, are taken back with the
+layers done so far (`live.choose_take` at the target) and finished here, batched with running decodes.
 
 A target that fails is dropped: what it owned is replayed by the gateways, what it did not accept never left.
 """
@@ -24,7 +23,7 @@ from layercast.peer.v1alpha1 import peer_pb2_grpc
 
 from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.sequence import Sequence
-from layercast_agent.errors import AgentError
+from layercast_agent.errors import AgentError, NoCapacityError
 from layercast_agent.tls import Tls, aio_channel
 from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
@@ -38,6 +37,9 @@ CALL_DEADLINE_S = 5.0
 
 POLL_S = 0.02
 """How often an idle source asks again when its targets had nothing for it."""
+
+IDLE_S = 0.1
+"""After so long an engine that has nothing really has nothing."""
 
 FULL_BACKOFF_S = 0.2
 """How long a target that had no room is left alone."""
@@ -68,6 +70,7 @@ class Cooperation:
         desk: RequestDesk,
         shelf: HandoffShelf,
         look: Callable[[], LoopView],
+        step_tokens_max: int,
     ) -> None:
         self._me = me
         self._token = token
@@ -75,12 +78,16 @@ class Cooperation:
         self._desk = desk
         self._shelf = shelf
         self._look = look
-        self._taken_in_turn = -1
+        self._step_tokens_max = step_tokens_max
+        self._taken_in_step = -1
+        self._taken_tokens = 0
+        self._taken_at = 0.0
         self._links: dict[str, Link] = {}
         self._offers: deque[Sequence] = deque()
         self._taken_from: dict[str, str] = {}
         self._wake = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
+        self._releasing: asyncio.Task[None] | None = None
         self.given = 0
         self.taken = 0
 
@@ -102,6 +109,7 @@ class Cooperation:
         self._links[peer.peer_id] = Link(peer=peer, channel=channel, stub=stub)
         log.info("cooperation with a target begins", extra={"target": peer.peer_id})
         if self._task is None or self._task.done():
+            self._releasing = asyncio.create_task(self._release_waiting())
             self._task = asyncio.create_task(self._run())
         self._wake.set()
 
@@ -131,12 +139,26 @@ class Cooperation:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
+        if self._releasing is not None:  # what the engine lets go would be nobody's
+            await self._releasing
         offers, self._offers = list(self._offers), deque()
         return offers
 
+    async def _release_waiting(self) -> None:
+        """What waits in the engine is offered too, from its next boundary on: a step of prompts takes a while."""
+        with contextlib.suppress(NoCapacityError):  # the engine is being stopped, and gives back what it has
+            self._offers.extendleft(reversed(await self._desk.ask(_release_fresh)))
+        self._wake.set()
+
     async def _run(self) -> None:
-        for seq in await self._desk.ask(_release_fresh):
-            self._offers.append(seq)
+        while self._links:
+            await self._share()
+            if self._releasing is not None:
+                await self._releasing
+        self._reclaim()
+
+    async def _share(self) -> None:
+        """Gives and takes until no target is left."""
         while self._links:
             if await self._offer_next() or await self._take_next():
                 continue
@@ -144,7 +166,6 @@ class Cooperation:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(POLL_S):
                     await self._wake.wait()
-        self._reclaim()
 
     def _reclaim(self) -> None:
         """Nobody is left to help: the requests are this replica's own again."""
@@ -171,20 +192,31 @@ class Cooperation:
 
     def _keep_one_when_idle(self) -> bool:
         """Targets are full: an idle source does not wait for them."""
-        if not self._idle():
+        if not self._has_room(self._offers[0].prefix_length):
             return False
-        self._taken_in_turn = self._look().turns
+        self._count_taken(self._offers[0].prefix_length)
         self._keep(self._offers.popleft())
         return True
 
-    def _idle(self) -> bool:
-        """The engine has no prefill of its own: decodes alone leave room for another request's layers.
+    def _has_room(self, tokens: int = 1) -> bool:
+        """Whether the step after this one has room for so many prompt tokens more.
 
-        Judged by what the last turn left behind, without waiting for the next boundary; what was taken meanwhile
-        shows only in the turn after it.
+        So a step never begins without prompts while some wait: what a source would compute without any help is what it
+        computes with it, less the layers that were gathered meanwhile, and cooperation is never the slower way. A
+        prompt of more than one step leaves no room. Judged by what the running step began with.
         """
         view = self._look()
-        return view.prefilling == 0 and view.load.requests_waiting == 0 and view.turns > self._taken_in_turn
+        taken = self._taken_tokens if view.begun == self._taken_in_step else 0
+        if view.load.requests_waiting + view.load.requests_running == 0:
+            # Idle; what was taken a moment ago may not show yet.
+            return taken + tokens <= self._step_tokens_max or time.monotonic() - self._taken_at > IDLE_S
+        left_over = max(0, view.load.prompt_tokens_waiting - self._step_tokens_max)
+        return view.prefilling == 0 and left_over + taken + tokens <= self._step_tokens_max
+
+    def _count_taken(self, tokens: int) -> None:
+        begun = self._look().begun
+        self._taken_tokens = tokens + (self._taken_tokens if begun == self._taken_in_step else 0)
+        self._taken_in_step, self._taken_at = begun, time.monotonic()
 
     async def _offer(self, link: Link, seq: Sequence) -> None:
         handoff = await self._shelve_embedding(seq)
@@ -212,13 +244,13 @@ class Cooperation:
         return self._shelf.put(seq, layers_done=0, state=state, model=self._desk.model, now=time.monotonic())
 
     async def _take_next(self) -> bool:
-        """Takes the earliest request when the engine has no prefill of its own."""
+        """Takes the earliest request while the next step has room for it."""
         link = min(
             self._links.values(),
             key=lambda link: (min(link.outstanding.values(), default=float("inf")), link.asked_at),
             default=None,
         )
-        if link is None or self._offers or not self._idle():
+        if link is None or self._offers or not self._has_room():
             return False
         link.asked_at = time.monotonic()
         request = pb.TakeHandoffRequest(taker=self._me)
@@ -257,7 +289,7 @@ class Cooperation:
             await self._desk.ask(
                 lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state)
             )
-            self._taken_in_turn = self._look().turns
+            self._count_taken(seq.prefix_length)
         except AgentError as error:
             log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})
             self._desk.disown(seq.request_id)

@@ -1,6 +1,6 @@
 """The engine thread: runs turns and, between two turns, what other threads ask of the engine.
 
-A turn is one continuous-batching step once the model is complete, and one layer of one request before that. Whoever
+A turn is one continuous-batching step once the model is complete, and one layer of few requests before that. Whoever
 wants to look at or change the engine sends a function with `call`; it runs at the next turn's boundary, which is a
 layer boundary while the replica is live. Nothing else ever touches the engine.
 """
@@ -39,9 +39,10 @@ IDLE_WAIT_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoopView:
-    """What the last turn left behind; read by other threads without asking the engine."""
+    """What the last turn left behind, and what the running one began with; read by other threads without asking."""
 
-    turns: int
+    begun: int
+    """Steps that began; a complete model's only."""
     load: EngineLoad
     prefilling: int
     prefill_tokens_per_s: float
@@ -76,8 +77,8 @@ class EngineLoop:
         self._attached: set[int] = set()
         self._segments = layers + 2
         self._times = StepTimes(prefill=PrefillRate(chunk_tokens=engine.limits.step_tokens_max))
-        self._quantum: Sequence | None = None
-        self._turns = 0
+        self._quantum: list[Sequence] = []
+        self._begun = 0
         self._first_layer_at: float | None = None
         self.view = self._look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -177,11 +178,10 @@ class EngineLoop:
             self._publish()
         started, cpu_started = time.monotonic(), time.thread_time()
         prefix_before = self._engine.prefill_tokens_done
-        self._quantum = None
+        self._quantum = []
         events = self._execute()
         if events is None:
             return called
-        self._turns += 1
         wall_s = time.monotonic() - started
         pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
         tokens = self._engine.prefill_tokens_done - prefix_before
@@ -201,24 +201,27 @@ class EngineLoop:
             load = self._engine.load()
             if load.requests_waiting + load.requests_running == 0:
                 return None
+            self._begun += 1
+            self._publish()
             return self._engine.step()
-        chosen = self._choose_quantum()
-        if chosen is None:
+        self._quantum = self._choose_quantum()
+        if not self._quantum:
             return None
-        self._quantum = chosen
-        self._engine.run_layer(chosen)
+        self._engine.run_layer(*self._quantum)
         if self._first_layer_at is None:
             self._first_layer_at = time.time()
         return []
 
-    def _choose_quantum(self) -> Sequence | None:
-        able = [seq for seq in self._engine.waiting if self._can_start(seq)]
+    def _choose_quantum(self) -> list[Sequence]:
+        able = {seq.request_id: seq for seq in self._engine.waiting if self._can_start(seq)}
+        queue = [live_request(seq) for seq in able.values()]
         chosen = live.choose_quantum(
-            (live_request(seq) for seq in able),
-            layers=self._layers,
-            resident=lambda layer: layer + 1 in self._attached,
+            queue, layers=self._layers, resident=lambda layer: layer + 1 in self._attached
         )
-        return next((seq for seq in able if chosen and seq.request_id == chosen.request_id), None)
+        if chosen is None:
+            return []
+        joined = live.join_quantum(chosen, queue, tokens_max=self._engine.limits.joined_tokens_max)
+        return [able[each.request_id] for each in joined]
 
     def _can_start(self, seq: Sequence) -> bool:
         """The first layer needs hidden states or the embedding; the first quantum needs pages."""
@@ -228,13 +231,13 @@ class EngineLoop:
 
     def _measure(self, tokens: int, seconds: float, *, decoded: bool) -> None:
         part = 1.0
-        if self._quantum is not None:
-            tokens, part = self._quantum.prefix_length, 1 / self._layers
+        if self._quantum:
+            tokens, part = sum(seq.prefix_length for seq in self._quantum), 1 / self._layers
         self._times = self._times.after(tokens=tokens, seconds=seconds, part=part, decoded=decoded)
 
     def _look(self) -> LoopView:
         return LoopView(
-            turns=self._turns,
+            begun=self._begun,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,
             prefill_tokens_per_s=self._times.prefill.tokens_per_s,
@@ -279,4 +282,9 @@ class EngineLoop:
 
 def live_request(seq: Sequence) -> live.LiveRequest:
     """What the choices of live scale-up see of a sequence."""
-    return live.LiveRequest(request_id=seq.request_id, arrived_at=seq.arrived_at, layers_done=seq.layers_done)
+    return live.LiveRequest(
+        request_id=seq.request_id,
+        arrived_at=seq.arrived_at,
+        layers_done=seq.layers_done,
+        tokens=seq.prefix_length,
+    )
