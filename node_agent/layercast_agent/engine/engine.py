@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Ordered
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 
@@ -208,8 +209,9 @@ class Engine:
             spans.append(Span(start=0, count=seq.prefix_length, pages=seq.pages))
         hidden = torch.cat([seq.hidden for seq in seqs if seq.hidden is not None])
         hidden = self.model.run_layers(layer, layer + 1, hidden, BatchPlan.of(self._kv, spans))
-        for seq, part in zip(seqs, hidden.split([span.count for span in spans]), strict=True):
-            seq.hidden = part
+        ends = accumulate(span.count for span in spans)
+        for seq, span, end in zip(seqs, spans, ends, strict=True):
+            seq.hidden = hidden[end - span.count : end]
             seq.layers_done = layer + 1
             self._prefill_layer_tokens += seq.prefix_length
 
