@@ -70,7 +70,6 @@ class Cooperation:
         desk: RequestDesk,
         shelf: HandoffShelf,
         look: Callable[[], LoopView],
-        step_tokens_max: int,
     ) -> None:
         self._me = me
         self._token = token
@@ -78,7 +77,6 @@ class Cooperation:
         self._desk = desk
         self._shelf = shelf
         self._look = look
-        self._step_tokens_max = step_tokens_max
         self._taken_in_step = -1
         self._taken_tokens = 0
         self._taken_at = 0.0
@@ -209,9 +207,9 @@ class Cooperation:
         taken = self._taken_tokens if view.begun == self._taken_in_step else 0
         if view.load.requests_waiting + view.load.requests_running == 0:
             # Idle; what was taken a moment ago may not show yet.
-            return taken + tokens <= self._step_tokens_max or time.monotonic() - self._taken_at > IDLE_S
-        left_over = max(0, view.load.prompt_tokens_waiting - self._step_tokens_max)
-        return view.prefilling == 0 and left_over + taken + tokens <= self._step_tokens_max
+            return taken + tokens <= view.step_tokens_max or time.monotonic() - self._taken_at > IDLE_S
+        left_over = max(0, view.load.prompt_tokens_waiting - view.step_tokens_max)
+        return view.prefilling == 0 and left_over + taken + tokens <= view.step_tokens_max
 
     def _count_taken(self, tokens: int) -> None:
         begun = self._look().begun

@@ -43,6 +43,7 @@ class LoopView:
 
     begun: int
     """Steps that began; a complete model's only."""
+    step_tokens_max: int
     load: EngineLoad
     prefilling: int
     prefill_tokens_per_s: float
@@ -238,6 +239,7 @@ class EngineLoop:
     def _look(self) -> LoopView:
         return LoopView(
             begun=self._begun,
+            step_tokens_max=self._engine.limits.step_tokens_max,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,
             prefill_tokens_per_s=self._times.prefill.tokens_per_s,

@@ -88,7 +88,6 @@ class Replica:
             desk=self.desk,
             shelf=self.shelf,
             look=lambda: self.loop.view,
-            step_tokens_max=memory.engine.limits.step_tokens_max,
         )
         self.stages = StageHost(
             me=self._me,
