@@ -44,6 +44,7 @@ class Wire(ThreadingHTTPServer):
         self.behind = 0
         self.broken = False
         self.object_bytes = 0
+        self.one_at_a_time = threading.Lock()  # the server reads a file without looking whether it is being replaced
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
 
@@ -65,7 +66,7 @@ class WireHandler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         behind = http.client.HTTPConnection("127.0.0.1", self.server.behind, timeout=10)
-        with contextlib.closing(behind):
+        with self.server.one_at_a_time, contextlib.closing(behind):
             behind.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 behind.putheader(name, value)

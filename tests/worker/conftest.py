@@ -176,7 +176,8 @@ async def start_worker(tmp_path: Path, token_file: Path) -> AsyncIterator[StartW
                 ],
                 stdout=output,
                 stderr=output,
-                env={**os.environ, "OMP_NUM_THREADS": "1"},
+                # One arena of malloc: those that threads make when they meet are not what replicas leave.
+                env={**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"},
             )
         channel = grpc.aio.insecure_channel(f"unix:{socket}")
         worker = WorkerProcess(

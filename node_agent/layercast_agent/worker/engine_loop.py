@@ -203,7 +203,7 @@ class EngineLoop:
             if load.requests_waiting + load.requests_running == 0:
                 return None
             self._begun += 1
-            self._publish()
+            self.view = self._look()
             return self._engine.step()
         self._quantum = self._choose_quantum()
         if not self._quantum:
