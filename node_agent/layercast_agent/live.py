@@ -6,7 +6,8 @@ queue, which lives at the target, the replica that is still loading:
 * the target runs exactly one layer at a time: of the earliest request whose next layer is resident, and, as a layer's
   parameters are read once for all, of others that wait for the same layer, as long as that costs little;
 * the source, a complete and overloaded replica, takes the earliest request whenever it is idle, with the
-  layers done so far, and runs the rest; where a step computes several prompts, as many as the next one does (docs/adr/0030).
+  layers done so far, and runs the rest; where a step computes several prompts, as many as the next one does
+  (docs/adr/0030).
 
 Requests therefore wait and gather layers at the target instead of being pushed, half done, to a busy source:
 the longer the wait, the more of the work is already done. Naive best-effort (always hand over after the
