@@ -35,6 +35,7 @@ from layercast_agent.engine.engine import Engine
 from layercast_agent.engine.model import LayeredModel, build_model, shape_of
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.layout import SegmentSpec
+from layercast_agent.worker.engine_loop import live_request
 
 EQUAL_MIN = 0.9
 STRATEGIES = (live.Strategy.NONE, live.Strategy.STOP_THE_WORLD, live.Strategy.LIVE)
@@ -112,7 +113,7 @@ class Run:
             mine = {seq.request_id: seq for seq in self.target.engine.waiting}
             both = {seq.request_id: seq for seq in self.queue} | mine
             complete = self.complete and self.strategy is live.Strategy.LIVE
-            chosen = live.choose_take(map(_seen, both.values()), giver_complete=complete)
+            chosen = live.choose_take(map(live_request, both.values()), giver_complete=complete)
             if chosen is None:
                 return False
             self._take(both[chosen.request_id], at_target=chosen.request_id in mine)
@@ -151,7 +152,7 @@ class Run:
     def _quantum(self, engine: Engine) -> bool:
         able = {seq.request_id: seq for seq in engine.waiting}
         able |= {seq.request_id: seq for seq in self.queue if engine.has_room(seq)}
-        queue = [_seen(seq) for seq in able.values()]
+        queue = [live_request(seq) for seq in able.values()]
         chosen = live.choose_quantum(
             queue,
             layers=engine.model.shape.layers,
@@ -169,15 +170,6 @@ class Run:
                 engine.add(seq)
         self._timed(self.target, engine.run_layer, *seqs)
         return True
-
-
-def _seen(seq: Sequence) -> live.LiveRequest:
-    return live.LiveRequest(
-        request_id=seq.request_id,
-        arrived_at=seq.arrived_at,
-        layers_done=seq.layers_done,
-        tokens=seq.prefix_length,
-    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

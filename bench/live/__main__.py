@@ -238,10 +238,8 @@ def _write(
         "ratios": list(all_ratios),
     }
     (plan.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
-    for (
-        name,
-        each,
-    ) in played.items():  # all that was seen in the last run of each, for who wants to look closer
+    # All that was seen in the last run of each, for who wants to look closer.
+    for name, each in played.items():
         (plan.out / f"{name}.json").write_text(json.dumps(asdict(each)) + "\n")
     title = (
         f"{plan.trace}: {len(shape.arrivals)} requests, Time_l {plan.time_l:g}, up to {plan.agents} replicas"

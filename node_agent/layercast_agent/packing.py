@@ -145,9 +145,8 @@ class _ChunkWriter:
         self._crcs.append(zlib.crc32(full))
         self._checksum.update(full)
         done = 0
-        while done < len(
-            full
-        ):  # up to a multiple of WRITE_BYTES each: the file's buffer is so big, and leaves whole
+        # Up to a multiple of WRITE_BYTES each: the file's buffer is so big, and leaves whole.
+        while done < len(full):
             end = done + WRITE_BYTES - self._file.tell() % WRITE_BYTES
             self._file.write(full[done:end])
             done = end

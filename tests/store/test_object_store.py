@@ -44,9 +44,8 @@ class Wire(ThreadingHTTPServer):
         self.behind = 0
         self.broken = False
         self.object_bytes = 0
-        self.one_at_a_time = (
-            threading.Lock()
-        )  # the server reads a file without looking whether it is being replaced
+        # The server reads a file without looking whether it is being replaced.
+        self.one_at_a_time = threading.Lock()
         self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05})
         self._thread.start()
 

@@ -14,7 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -199,11 +199,11 @@ class EngineLoop:
             self._works.popleft()()
             return []
         if self.complete:
-            load = self._engine.load()
-            if load.requests_waiting + load.requests_running == 0:
+            view = self._look()
+            if view.load.requests_waiting + view.load.requests_running == 0:
                 return None
             self._begun += 1
-            self.view = self._look()
+            self.view = replace(view, begun=self._begun)
             return self._engine.step()
         self._quantum = self._choose_quantum()
         if not self._quantum:
