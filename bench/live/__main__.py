@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.live import arrivals, figures
 from bench.live.arrivals import Lengths, Shape
-from bench.live.play import Calibration, Played, Setting, calibrate, play
+from bench.live.play import CACHING, Calibration, Played, Setting, calibrate, play
 from bench.live.prompts import PromptBook, length_class
 from bench.live.summary import Figures, ratios
 from bench.live.summary import figures as figures_of
@@ -154,8 +154,17 @@ def play_all(
             (replace(setting, disk_bytes_per_s=0), "stop-the-world") if policy in fixed else (setting, policy)
         )
         run = play(own, book, shape, policy=way, replicas=replicas, highest=highest)
+        if policy not in CACHING:
+            check_sources(run)
         played[policy] = replace(run, policy=policy)
     return played
+
+
+def check_sources(run: Played) -> None:
+    """Raises CliError when a replica of the run did not come from a peer: its figures say nothing of links."""
+    added = [new for each in run.scales if each.decided_at >= run.started_at for new in each.replicas]
+    if any(new.source == "disk" for new in added):
+        raise CliError(f"a replica of the {run.policy} run came from a disk, not from a peer")
 
 
 def rows(runs: Mapping[str, Figures]) -> list[list[str]]:
@@ -277,7 +286,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=",".join(POLICIES),
         help="comma-separated; also network, host-cache, static-average",
     )
-    add("--agents", type=int, default=3, help="machines to play, the most replicas (%(default)s)")
+    add("--agents", type=int, default=2, help="machines to play, the most replicas (%(default)s)")
     add("--time-l", type=float, default=6.0, help="load time of a layer over its execution (%(default)s)")
     add("--disk-slower", type=float, default=10.0, help="disk against link (%(default)s)")
     add("--low", type=float, default=0.5, help="step: before, times one replica's capacity (%(default)s)")
@@ -291,7 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=22, help="of a prompt, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=24, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=4, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

@@ -20,6 +20,7 @@ from layercast_cli.local import LocalCluster
 from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.records import RequestRecord, Sample
+from layercast_cli.shares import usable_cores
 from layercast_cli.status import Scale
 from layercast_cli.traffic import Traffic
 from layercast_cli.watch import Watch
@@ -31,7 +32,10 @@ CALIBRATION_PROMPTS = 12
 BATCH_SIZE = 16
 CAPACITY_SLOTS = 24
 """Requests at once in the closed loop that finds a replica's capacity: a full batch, and some that wait for it."""
-CAPACITY_REQUESTS = 96
+CAPACITY_REQUESTS = 64
+COMPUTE = 0.6
+"""The part of a small machine's cores that devices compute with. The rest moves parameters, which network cards do
+elsewhere, and serves gateway, operator and clients: a device that loads is as fast as one that does not."""
 CACHING = ("ttl-cache", "host-cache")
 """Policies that need host memory on every node. The others load from a replica's device, over the link."""
 WARM_REQUESTS = 8
@@ -118,11 +122,17 @@ def cluster(setting: Setting, *, policy: str, replicas: int, highest: int) -> Lo
             agents=setting.agents,
             link_bytes_per_s=setting.link_bytes_per_s,
             disk_bytes_per_s=setting.disk_bytes_per_s,
+            cpu_share=cpu_share(len(usable_cores()), setting.agents),
             host_pool_bytes=setting.host_pool_bytes if policy in CACHING else 0,
             gateway_flags=("--queue-requests-max", "4096"),
             fresh=True,
         )
     )
+
+
+def cpu_share(cores: int, agents: int) -> float | None:
+    """Of one device, where there are too few cores for one each and one more; None leaves it to the cluster."""
+    return round(COMPUTE * cores / agents, 3) if cores <= agents else None
 
 
 def calibrate(setting: Setting, book: PromptBook) -> Calibration:

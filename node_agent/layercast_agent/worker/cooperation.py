@@ -1,8 +1,8 @@
 """The source's side of live scale-up: shares its queue with replicas that are still loading.
 
 One task of a complete replica. New and waiting requests are offered to the targets, with the hidden states after
-the embedding; while a step runs, the earliest requests, as many as the next one computes, are taken back with the
-layers done so far (`live.choose_take` at the target) and finished here, batched with running decodes.
+the embedding; shortly before a step ends, the earliest requests, as many as the next one computes, are taken back with
+the layers done so far (`live.choose_take` at the target) and finished here, batched with running decodes.
 
 A target that fails is dropped: what it owned is replayed by the gateways, what it did not accept never left.
 """
@@ -14,7 +14,7 @@ import contextlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 
 import grpc
@@ -29,6 +29,7 @@ from layercast_agent.worker import wire
 from layercast_agent.worker.desk import RequestDesk
 from layercast_agent.worker.engine_loop import LoopView
 from layercast_agent.worker.handoffs import HandoffShelf, admit, fetch_state
+from layercast_agent.worker.rates import Mean
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +45,9 @@ IDLE_S = 0.1
 FULL_BACKOFF_S = 0.2
 """How long a target that had no room is left alone."""
 
+LEAD = 2.0
+"""How many times its usual duration a take begins before it must be done: one that is late leaves a step empty."""
+
 
 @dataclass(slots=True, kw_only=True)
 class Link:
@@ -52,10 +56,16 @@ class Link:
     peer: pb.Peer
     channel: grpc.aio.Channel
     stub: peer_pb2_grpc.PeerServiceAsyncStub
-    outstanding: dict[str, float] = field(default_factory=dict)
+    outstanding: dict[str, Sequence] = field(default_factory=dict)
+    admitting: set[asyncio.Task[None]] = field(default_factory=set)
     full_until: float = 0.0
     asked_at: float = 0.0
     first_token_at: float | None = None
+
+    @property
+    def earliest(self) -> Sequence | None:
+        """The first of what it owns."""
+        return min(self.outstanding.values(), key=lambda seq: seq.order, default=None)
 
 
 class Cooperation:
@@ -80,6 +90,8 @@ class Cooperation:
         self._taken_in_step = -1
         self._taken_tokens = 0
         self._taken_at = 0.0
+        self._take_times = Mean()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._links: dict[str, Link] = {}
         self._offers: deque[Sequence] = deque()
         self._taken_from: dict[str, str] = {}
@@ -132,13 +144,14 @@ class Cooperation:
     async def close(self) -> list[Sequence]:
         """Ends all cooperation; returns the requests that were not offered yet."""
         for target in list(self._links):
-            await self._drop(target, reason="this replica stops cooperating")
+            self._drop(target, reason="this replica stops cooperating")
         if self._task is not None:
             self._task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._task
         if self._releasing is not None:  # what the engine lets go would be nobody's
             await self._releasing
+        await asyncio.gather(*self._tasks, return_exceptions=True)
         offers, self._offers = list(self._offers), deque()
         return offers
 
@@ -196,20 +209,29 @@ class Cooperation:
         self._keep(self._offers.popleft())
         return True
 
-    def _has_room(self, tokens: int = 1) -> bool:
-        """Whether the step after this one has room for so many prompt tokens more.
+    def _has_room(self, tokens: int) -> bool:
+        """Whether the step after this one has room for so many prompt tokens more, or for a long prompt's first chunk.
 
         So a step never begins without prompts while some wait: what a source would compute without any help is what it
         computes with it, less the layers that were gathered meanwhile, and cooperation is never the slower way. A
         prompt of more than one step leaves no room. Judged by what the running step began with.
         """
         view = self._look()
+        room = view.step_tokens_max - min(tokens, view.step_tokens_max)
         taken = self._taken_tokens if view.begun == self._taken_in_step else 0
         if view.load.requests_waiting + view.load.requests_running == 0:
             # Idle; what was taken a moment ago may not show yet.
-            return taken + tokens <= view.step_tokens_max or time.monotonic() - self._taken_at > IDLE_S
+            return taken <= room or time.monotonic() - self._taken_at > IDLE_S
         left_over = max(0, view.load.prompt_tokens_waiting - view.step_tokens_max)
-        return view.prefilling == 0 and left_over + taken + tokens <= view.step_tokens_max
+        return view.prefilling == 0 and left_over + taken <= room
+
+    def _is_time(self, tokens: int) -> bool:
+        """Whether the running step ends soon: until then requests gather layers where they are (docs/adr/0030)."""
+        if not self._take_times.samples:
+            return True
+        view = self._look()
+        takes = max(1, view.step_tokens_max // max(1, tokens))
+        return time.monotonic() >= view.ends_at - LEAD * takes * self._take_times.seconds
 
     def _count_taken(self, tokens: int) -> None:
         begun = self._look().begun
@@ -222,18 +244,18 @@ class Cooperation:
         try:
             answer = await link.stub.OfferHandoffs(request, timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
+            self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
             answer = pb.OfferHandoffsResponse()
         finally:
             self._shelf.close(seq.request_id)
         if seq.request_id in answer.accepted_request_ids:
             self._desk.disown(seq.request_id)
-            link.outstanding[seq.request_id] = seq.arrived_at
+            link.outstanding[seq.request_id] = seq
             self.given += 1
             return
         self._offers.appendleft(seq)
         if answer.complete:
-            await self._drop(link.peer.peer_id, reason="it is complete")
+            self._drop(link.peer.peer_id, reason="it is complete")
         else:
             link.full_until = time.monotonic() + FULL_BACKOFF_S
 
@@ -242,66 +264,102 @@ class Cooperation:
         return self._shelf.put(seq, layers_done=0, state=state, model=self._desk.model, now=time.monotonic())
 
     async def _take_next(self) -> bool:
-        """Takes the earliest request while the next step has room for it."""
-        link = min(
-            self._links.values(),
-            key=lambda link: (min(link.outstanding.values(), default=float("inf")), link.asked_at),
-            default=None,
-        )
-        if link is None or self._offers or not self._has_room():
+        """Takes the earliest request when the running step is about to end and the next one has room for it."""
+        link = min(self._links.values(), key=_turn, default=None)
+        if link is None or self._offers:
             return False
-        link.asked_at = time.monotonic()
+        tokens = link.earliest.prefix_length if link.earliest is not None else 1
+        if not self._has_room(tokens) or not self._is_time(tokens):
+            return False
+        began = link.asked_at = time.monotonic()
         request = pb.TakeHandoffRequest(taker=self._me)
         if link.first_token_at is not None:
             request.first_token_at.FromNanoseconds(int(link.first_token_at * 1e9))
         try:
             answer = await link.stub.TakeHandoff(request, timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
+            self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
             return True
         if not answer.HasField("handoff"):
             link.outstanding.clear()
             if answer.complete:
-                await self._drop(link.peer.peer_id, reason="it is complete and nothing waits there")
+                self._drop(link.peer.peer_id, reason="it is complete and nothing waits there")
             return answer.complete
-        return await self._take(link, answer.handoff)
+        taken = await self._take(link, answer.handoff)
+        self._take_times = self._take_times.after(time.monotonic() - began)
+        return taken
 
     async def _take(self, link: Link, handoff: pb.Handoff) -> bool:
+        """Brings a request over; the engine takes it in between two steps, and nobody here waits for that."""
         seq = wire.sequence_of(handoff.request)
         link.outstanding.pop(seq.request_id, None)
-        taken = False
-        if self._desk.can_reach(seq.gateway_id):
-            taken = await self._import(link, seq, handoff)
+        state = None
+        try:
+            reachable = self._desk.can_reach(seq.gateway_id)
+            if reachable:
+                state = await fetch_state(handoff, giver=link.peer, token=self._token, tls=self._tls)
+        except AgentError as error:
+            _not_taken(seq, error)
+            reachable = False
+        if not reachable:
+            await self._release(link, seq, taken=False)
+            return False
+        self._count_taken(seq.prefix_length)
+        self._spawn(
+            self._admit(link, seq, layers_done=handoff.layers_done, state=state), among=link.admitting
+        )
+        return True
+
+    async def _admit(self, link: Link, seq: Sequence, *, layers_done: int, state: bytearray | None) -> None:
+        self._desk.own(seq, layers_done=layers_done)
+        self._taken_from[seq.request_id] = link.peer.peer_id
+        taken = True
+        try:
+            await self._desk.ask(lambda engine: admit(engine, seq, layers_done=layers_done, state=state))
+            self._desk.announce(seq)
+            self.taken += 1
+        except AgentError as error:
+            _not_taken(seq, error)
+            self._desk.disown(seq.request_id)
+            self._taken_from.pop(seq.request_id, None)
+            taken = False
+        await self._release(link, seq, taken=taken)
+
+    async def _release(self, link: Link, seq: Sequence, *, taken: bool) -> None:
+        """Tells the giver what became of its request."""
         release = pb.ReleaseHandoffRequest(request_id=seq.request_id, taken=taken)
         try:
             await link.stub.ReleaseHandoff(release, timeout=CALL_DEADLINE_S)
         except grpc.aio.AioRpcError as error:
-            await self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
-        return taken
+            self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
 
-    async def _import(self, link: Link, seq: Sequence, handoff: pb.Handoff) -> bool:
-        try:
-            state = await fetch_state(handoff, giver=link.peer, token=self._token, tls=self._tls)
-            self._desk.own(seq, layers_done=handoff.layers_done)
-            self._taken_from[seq.request_id] = link.peer.peer_id
-            await self._desk.ask(
-                lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state)
-            )
-            self._count_taken(seq.prefix_length)
-        except AgentError as error:
-            log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})
-            self._desk.disown(seq.request_id)
-            self._taken_from.pop(seq.request_id, None)
-            return False
-        self._desk.announce(seq)
-        self.taken += 1
-        return True
-
-    async def _drop(self, target: str, *, reason: str) -> None:
+    def _drop(self, target: str, *, reason: str) -> None:
         link = self._links.pop(target, None)
         if link is not None:
             log.info("cooperation with a target ends", extra={"target": target, "reason": reason})
-            await link.channel.close()
+            self._spawn(_close(link), among=set())
+
+    def _spawn(self, coroutine: Coroutine[None, None, None], *, among: set[asyncio.Task[None]]) -> None:
+        task = asyncio.create_task(coroutine)
+        for tasks in (self._tasks, among):
+            tasks.add(task)
+            task.add_done_callback(tasks.discard)
+
+
+async def _close(link: Link) -> None:
+    """Ends the connection once the giver was told what became of all that was taken."""
+    await asyncio.gather(*link.admitting, return_exceptions=True)
+    await link.channel.close()
+
+
+def _turn(link: Link) -> tuple[float, float]:
+    """Who is asked next: who has the earliest request; the one that was asked longest ago where none is known."""
+    earliest = link.earliest
+    return (earliest.arrived_at if earliest is not None else float("inf"), link.asked_at)
+
+
+def _not_taken(seq: Sequence, error: AgentError) -> None:
+    log.warning("a handoff was not taken", extra={"request": seq.request_id, "reason": str(error)})
 
 
 def _release_fresh(engine: Engine) -> list[Sequence]:

@@ -43,6 +43,8 @@ class LoopView:
 
     begun: int
     """Steps that began; a complete model's only."""
+    ends_at: float
+    """When the running one is expected to end, its pause included, in seconds of the monotonic clock; may be past."""
     step_tokens_max: int
     load: EngineLoad
     prefilling: int
@@ -80,6 +82,7 @@ class EngineLoop:
         self._times = StepTimes(prefill=PrefillRate(chunk_tokens=engine.limits.step_tokens_max))
         self._quantum: list[Sequence] = []
         self._begun = 0
+        self._ends_at = 0.0
         self._first_layer_at: float | None = None
         self.view = self._look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -186,6 +189,7 @@ class EngineLoop:
         wall_s = time.monotonic() - started
         pause_s = self._share.after(cpu_s=time.thread_time() - cpu_started, wall_s=wall_s)
         tokens = self._engine.prefill_tokens_done - prefix_before
+        self._ends_at = time.monotonic() + pause_s
         self._measure(tokens, wall_s + pause_s, decoded=bool(events))
         if events:
             self._on_tokens(events)
@@ -203,7 +207,8 @@ class EngineLoop:
             if view.load.requests_waiting + view.load.requests_running == 0:
                 return None
             self._begun += 1
-            self.view = replace(view, begun=self._begun)
+            self._ends_at = time.monotonic() + self._times.expected_s(self._tokens_ahead())
+            self.view = replace(view, begun=self._begun, ends_at=self._ends_at)
             return self._engine.step()
         self._quantum = self._choose_quantum()
         if not self._quantum:
@@ -212,6 +217,19 @@ class EngineLoop:
         if self._first_layer_at is None:
             self._first_layer_at = time.time()
         return []
+
+    def _tokens_ahead(self) -> float:
+        """Prompt tokens that a step beginning now computes; one through some of the layers counts in proportion."""
+        budget = self._engine.limits.step_tokens_max
+        ahead = 0.0
+        for seq in (*self._engine.running, *self._engine.waiting):
+            if budget == 0:
+                break
+            if seq.prefilling:
+                tokens = min(seq.remaining, budget)
+                ahead += tokens * (1 - seq.layers_done / self._layers)
+                budget -= tokens
+        return ahead
 
     def _choose_quantum(self) -> list[Sequence]:
         able = {seq.request_id: seq for seq in self._engine.waiting if self._can_start(seq)}
@@ -239,6 +257,7 @@ class EngineLoop:
     def _look(self) -> LoopView:
         return LoopView(
             begun=self._begun,
+            ends_at=self._ends_at,
             step_tokens_max=self._engine.limits.step_tokens_max,
             load=self._engine.load(),
             prefilling=self._engine.prefilling,

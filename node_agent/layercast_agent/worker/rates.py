@@ -101,6 +101,11 @@ class StepTimes:
         prefill = self.prefill.after(tokens=tokens, seconds=seconds, part=part)
         return replace(self, prefill=prefill, compared=compared)
 
+    def expected_s(self, tokens: float) -> float:
+        """What a step with so many prompt tokens takes; at least what one without any does."""
+        rate = self.prefill.tokens_per_s
+        return max(self.decode.seconds, tokens / rate if rate > 0 else 0.0)
+
     def _compared(self, what: str, predicted_s: float, actual_s: float) -> Mapping[str, Compared]:
         known = self.compared.get(what, Compared())
         return {**self.compared, what: known.with_one(predicted_s=predicted_s, actual_s=actual_s)}
