@@ -115,3 +115,11 @@ def test_a_mean_is_within_what_was_seen(seen: list[float]) -> None:
     for seconds in seen:
         mean = mean.after(seconds)
     assert min(seen) * (1 - 1e-9) <= mean.seconds <= max(seen) * (1 + 1e-9)
+
+
+def test_a_step_is_expected_to_take_what_its_prompts_take_and_never_less_than_one_without() -> None:
+    times = StepTimes(prefill=NEW)
+    assert times.expected_s(CHUNK) == 0.0, "nothing is known yet"
+    times = times.after(tokens=CHUNK, seconds=1.0).after(tokens=0, seconds=0.2, decoded=True)
+    assert times.expected_s(CHUNK / 2) == pytest.approx(0.5)
+    assert times.expected_s(0) == times.expected_s(CHUNK / 100) == pytest.approx(0.2)
