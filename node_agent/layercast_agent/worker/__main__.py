@@ -49,6 +49,10 @@ MAP_DEADLINE_S = 5.0
 MESSAGE_BYTES_MAX = 64 * 2**20
 """Manifests and tokenizers are megabytes; gRPC's default is four."""
 
+SWITCH_INTERVAL_S = 0.0005
+"""A layer gives the interpreter up at each of its operators and wants it back; threads that receive parameters would
+keep it for Python's 5 ms each time, longer than an operator takes."""
+
 GRPC_OPTIONS = [("grpc.max_receive_message_length", MESSAGE_BYTES_MAX), *SERVER_OPTIONS]
 
 
@@ -59,6 +63,7 @@ def main() -> None:
     _bind_to_parent(options.parent_pid)
     if options.cpu_cores:
         os.sched_setaffinity(0, options.cpu_cores)
+    sys.setswitchinterval(SWITCH_INTERVAL_S)
     device = torch.device("cpu") if options.device.startswith("cpu") else torch.device(options.device)
     torch.set_num_threads(max(1, len(options.cpu_cores)) if options.cpu_share >= 1 else 1)
     asyncio.run(_serve(options, device))

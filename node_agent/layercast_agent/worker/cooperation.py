@@ -210,20 +210,20 @@ class Cooperation:
         return True
 
     def _has_room(self, tokens: int) -> bool:
-        """Whether the step after this one has room for so many prompt tokens more, or for a long prompt's first chunk.
+        """Whether the step after this one has room for half of so many prompt tokens more.
 
-        So a step never begins without prompts while some wait: what a source would compute without any help is what it
-        computes with it, less the layers that were gathered meanwhile, and cooperation is never the slower way. A
-        prompt of more than one step leaves no room. Judged by what the running step began with.
+        So a step never begins without prompts while some wait, and is as full as any: what a source would compute
+        without any help is what it computes with it, less the layers that were gathered meanwhile, and cooperation is
+        never the slower way. A prompt of more than one step leaves no room. Judged by what the running step began with.
         """
         view = self._look()
-        room = view.step_tokens_max - min(tokens, view.step_tokens_max)
         taken = self._taken_tokens if view.begun == self._taken_in_step else 0
         if view.load.requests_waiting + view.load.requests_running == 0:
             # Idle; what was taken a moment ago may not show yet.
-            return taken <= room or time.monotonic() - self._taken_at > IDLE_S
-        left_over = max(0, view.load.prompt_tokens_waiting - view.step_tokens_max)
-        return view.prefilling == 0 and left_over + taken <= room
+            if time.monotonic() - self._taken_at > IDLE_S:
+                return True
+            return taken + min(tokens, view.step_tokens_max) <= view.step_tokens_max
+        return view.room - taken >= max(1, min(tokens, view.step_tokens_max) // 2)
 
     def _is_time(self, tokens: int) -> bool:
         """Whether the running step ends soon: until then requests gather layers where they are (docs/adr/0030)."""
@@ -248,6 +248,11 @@ class Cooperation:
             answer = pb.OfferHandoffsResponse()
         finally:
             self._shelf.close(seq.request_id)
+            extra={
+                "accepted": len(answer.accepted_request_ids),
+                "waits": round(time.time() - seq.arrived_at, 2),
+            },
+        )
         if seq.request_id in answer.accepted_request_ids:
             self._desk.disown(seq.request_id)
             link.outstanding[seq.request_id] = seq
@@ -281,11 +286,21 @@ class Cooperation:
             self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
             return True
         if not answer.HasField("handoff"):
+            )
             link.outstanding.clear()
             if answer.complete:
                 self._drop(link.peer.peer_id, reason="it is complete and nothing waits there")
             return answer.complete
         taken = await self._take(link, answer.handoff)
+            extra={
+                "layers": answer.handoff.layers_done,
+                "s": round(time.monotonic() - began, 4),
+                "before_end": round(v0.ends_at - began, 3),
+                "begun": v0.begun,
+                "target": link.peer.peer_id,
+                "waits": round(time.time() - wire.sequence_of(answer.handoff.request).arrived_at, 2),
+            },
+        )
         self._take_times = self._take_times.after(time.monotonic() - began)
         return taken
 

@@ -14,7 +14,8 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -45,9 +46,10 @@ class LoopView:
     """Steps that began; a complete model's only."""
     ends_at: float
     """When the running one is expected to end, its pause included, in seconds of the monotonic clock; may be past."""
+    room: int
+    """Prompt tokens that the step after the running one can compute beside its decodes and what this one leaves."""
     step_tokens_max: int
     load: EngineLoad
-    prefilling: int
     prefill_tokens_per_s: float
     compared: Mapping[str, Compared]
     """How long steps were expected to take, and what they took."""
@@ -83,6 +85,7 @@ class EngineLoop:
         self._quantum: list[Sequence] = []
         self._begun = 0
         self._ends_at = 0.0
+        self._room = engine.limits.step_tokens_max
         self._first_layer_at: float | None = None
         self.view = self._look()
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
@@ -203,12 +206,9 @@ class EngineLoop:
             self._works.popleft()()
             return []
         if self.complete:
-            view = self._look()
-            if view.load.requests_waiting + view.load.requests_running == 0:
+            if not self._engine.waiting and not self._engine.running:
                 return None
-            self._begun += 1
-            self._ends_at = time.monotonic() + self._times.expected_s(self._tokens_ahead())
-            self.view = replace(view, begun=self._begun, ends_at=self._ends_at)
+            self._begin_step()
             return self._engine.step()
         self._quantum = self._choose_quantum()
         if not self._quantum:
@@ -218,18 +218,25 @@ class EngineLoop:
             self._first_layer_at = time.time()
         return []
 
-    def _tokens_ahead(self) -> float:
-        """Prompt tokens that a step beginning now computes; one through some of the layers counts in proportion."""
-        budget = self._engine.limits.step_tokens_max
-        ahead = 0.0
-        for seq in (*self._engine.running, *self._engine.waiting):
-            if budget == 0:
+    def _begin_step(self) -> None:
+        """Says what the step that begins now will take and leave, as far as can be known."""
+        running, waiting = self._engine.running, self._engine.waiting
+        size = self._engine.limits.step_tokens_max
+        budget = size - sum(not seq.prefilling for seq in running)
+        work, left_over = 0.0, 0
+        for seq in chain(running, waiting):
+            if left_over >= size:
                 break
             if seq.prefilling:
-                tokens = min(seq.remaining, budget)
-                ahead += tokens * (1 - seq.layers_done / self._layers)
+                tokens = min(seq.remaining, max(0, budget))
                 budget -= tokens
-        return ahead
+                left_over += seq.remaining - tokens
+                work += tokens * (1 - seq.layers_done / self._layers)
+        decodes = min(len(running) + len(waiting), self._engine.limits.running_max)
+        self._begun += 1
+        self._room = size - decodes - left_over
+        self._ends_at = time.monotonic() + self._times.expected_s(work)
+        self.view = self._look()
 
     def _choose_quantum(self) -> list[Sequence]:
         able = {seq.request_id: seq for seq in self._engine.waiting if self._can_start(seq)}
@@ -258,9 +265,9 @@ class EngineLoop:
         return LoopView(
             begun=self._begun,
             ends_at=self._ends_at,
+            room=self._room,
             step_tokens_max=self._engine.limits.step_tokens_max,
             load=self._engine.load(),
-            prefilling=self._engine.prefilling,
             prefill_tokens_per_s=self._times.prefill.tokens_per_s,
             compared=self._times.compared,
             first_layer_at=self._first_layer_at,
