@@ -291,7 +291,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     add("--disk-slower", type=float, default=10.0, help="disk against link (%(default)s)")
     add("--low", type=float, default=0.5, help="step: before, times one replica's capacity (%(default)s)")
     add("--high", type=float, default=1.8, help="step: after (%(default)s)")
-    add("--low-s", type=float, default=20.0, help="step: seconds before (%(default)s)")
+    add("--low-s", type=float, default=12.0, help="step: seconds before (%(default)s)")
     add("--loads", type=float, default=3.0, help="step: how many loads from disk it outlasts (%(default)s)")
     add("--seconds", type=float, default=100.0, help="other shapes: length of a run (%(default)s)")
     add(
@@ -300,7 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=24, help="of a prompt, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=22, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=4, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

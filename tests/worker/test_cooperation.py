@@ -1,11 +1,10 @@
-"""A source in the middle of a step goes on sharing: what it takes waits for the step, nobody waits for what it takes."""
+"""A source in the middle of a step goes on sharing: what it takes waits for the step's end, and nobody else does."""
 
 from __future__ import annotations
 
 import asyncio
 import random
 import threading
-from collections.abc import Callable
 
 import pytest
 from tests.worker.conftest import Packed
@@ -21,12 +20,6 @@ LOAD_S = 60.0
 """So slow that the target stays partial for the whole test."""
 
 
-async def until(reached: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not reached():
-            await asyncio.sleep(0.01)
-
-
 async def test_a_step_keeps_neither_offers_nor_takes_waiting(packed: Packed) -> None:
     files, manifest = packed.files, packed.manifest
     source, target = Worker("source"), Worker("target", disk_bytes_per_s=int(manifest.nbytes / LOAD_S))
@@ -39,7 +32,7 @@ async def test_a_step_keeps_neither_offers_nor_takes_waiting(packed: Packed) -> 
         await source.until(lambda replica: replica.loop.complete)
         target.feed(target.from_disk(packed.folder), live_source=source.peer)
         cooperation: Cooperation = source.replica.cooperation
-        await until(lambda: cooperation.active)
+        await source.until(lambda replica: cooperation.active)
 
         step_ends = threading.Event()
         source.replica.loop.execute(lambda engine: step_ends.wait(60))
@@ -48,11 +41,11 @@ async def test_a_step_keeps_neither_offers_nor_takes_waiting(packed: Packed) -> 
             gateway.ask(f"r{index}", prompt, TOKENS)
         running = asyncio.create_task(gateway.run())
         owned = source.replica.desk.owned
-        await until(lambda: cooperation.given == len(PROMPTS) - 1 and len(owned) == len(PROMPTS) - 1)
+        await source.until(lambda replica: cooperation.given == len(owned) == len(PROMPTS) - 1)
         assert cooperation.taken == 0, "they are here, and the engine has not taken them over yet"
 
         gateway.ask("late", PROMPTS[-1], TOKENS)
-        await until(lambda: cooperation.given == len(PROMPTS))
+        await source.until(lambda replica: cooperation.given == len(PROMPTS))
         assert not step_ends.is_set()
         step_ends.set()
         await running

@@ -248,11 +248,6 @@ class Cooperation:
             answer = pb.OfferHandoffsResponse()
         finally:
             self._shelf.close(seq.request_id)
-            extra={
-                "accepted": len(answer.accepted_request_ids),
-                "waits": round(time.time() - seq.arrived_at, 2),
-            },
-        )
         if seq.request_id in answer.accepted_request_ids:
             self._desk.disown(seq.request_id)
             link.outstanding[seq.request_id] = seq
@@ -286,21 +281,11 @@ class Cooperation:
             self._drop(link.peer.peer_id, reason=error.details() or error.code().name)
             return True
         if not answer.HasField("handoff"):
-            )
             link.outstanding.clear()
             if answer.complete:
                 self._drop(link.peer.peer_id, reason="it is complete and nothing waits there")
             return answer.complete
         taken = await self._take(link, answer.handoff)
-            extra={
-                "layers": answer.handoff.layers_done,
-                "s": round(time.monotonic() - began, 4),
-                "before_end": round(v0.ends_at - began, 3),
-                "begun": v0.begun,
-                "target": link.peer.peer_id,
-                "waits": round(time.time() - wire.sequence_of(answer.handoff.request).arrived_at, 2),
-            },
-        )
         self._take_times = self._take_times.after(time.monotonic() - began)
         return taken
 
