@@ -15,7 +15,6 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
-from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -24,6 +23,7 @@ from layercast_agent import live
 from layercast_agent.engine.engine import Engine, EngineLoad
 from layercast_agent.engine.sequence import Sequence, TokenEvent
 from layercast_agent.errors import NoCapacityError
+from layercast_agent.worker.lookahead import look_ahead
 from layercast_agent.worker.pacing import ComputeShare
 from layercast_agent.worker.rates import Compared, PrefillRate, StepTimes
 
@@ -47,7 +47,7 @@ class LoopView:
     ends_at: float
     """When the running one is expected to end, its pause included, in seconds of the monotonic clock; may be past."""
     room: int
-    """Prompt tokens that the step after the running one can compute beside its decodes and what this one leaves."""
+    """Prompt tokens that the step after the running one has room for (`lookahead.Lookahead`)."""
     step_tokens_max: int
     load: EngineLoad
     prefill_tokens_per_s: float
@@ -220,22 +220,11 @@ class EngineLoop:
 
     def _begin_step(self) -> None:
         """Says what the step that begins now will take and leave, as far as can be known."""
-        running, waiting = self._engine.running, self._engine.waiting
-        size = self._engine.limits.step_tokens_max
-        budget = size - sum(not seq.prefilling for seq in running)
-        work, left_over = 0.0, 0
-        for seq in chain(running, waiting):
-            if left_over >= size:
-                break
-            if seq.prefilling:
-                tokens = min(seq.remaining, max(0, budget))
-                budget -= tokens
-                left_over += seq.remaining - tokens
-                work += tokens * (1 - seq.layers_done / self._layers)
-        decodes = min(len(running) + len(waiting), self._engine.limits.running_max)
+        engine = self._engine
+        ahead = look_ahead(engine.running, engine.waiting, limits=engine.limits, layers=self._layers)
         self._begun += 1
-        self._room = size - decodes - left_over
-        self._ends_at = time.monotonic() + self._times.expected_s(work)
+        self._room = ahead.room
+        self._ends_at = time.monotonic() + self._times.expected_s(ahead.prompt_tokens)
         self.view = self._look()
 
     def _choose_quantum(self) -> list[Sequence]:
