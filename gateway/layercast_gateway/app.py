@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 CLIENT_LEFT = 499
 """The code in metrics of a request whose client closed the connection."""
 
+PROMETHEUS_TEXT = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+
 SSE_HEADERS = {"Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache"}
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -66,6 +68,7 @@ class Api:
                 web.post("/v1/chat/completions", self._chat),
                 web.post("/v1/completions", self._completions),
                 web.get("/metrics", self._render_metrics),
+                web.get("/metrics/inference-pool", self._render_pool_metrics),
                 web.get("/healthz", self._healthz),
                 web.get("/readyz", self._readyz),
             ]
@@ -194,7 +197,13 @@ class Api:
     async def _render_metrics(self, request: web.Request) -> web.Response:
         """All series, or those of `?name[]=`: the operator asks for three, many times a second."""
         body = self._metrics.render(self._dispatcher.demands(), request.query.getall("name[]", []))
-        return web.Response(body=body, headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+        return web.Response(body=body, headers=PROMETHEUS_TEXT)
+
+    async def _render_pool_metrics(self, _: web.Request) -> web.Response:
+        """For the endpoint picker of an InferencePool that has the gateways as endpoints."""
+        kv_utilization = self._dispatcher.replicas.kv_utilization
+        body = self._metrics.render_pool(self._dispatcher.demands(), kv_utilization=kv_utilization)
+        return web.Response(body=body, headers=PROMETHEUS_TEXT)
 
     async def _healthz(self, _: web.Request) -> web.Response:
         return _json({"alive": True})

@@ -98,6 +98,7 @@ class Metrics:
         self.tokens = Totals(prefix + "tokens", "Tokens delivered to clients.")
         registry.register(self.tokens)
         self._add_demand_only()
+        self._add_pool()
 
     def _add_demand_only(self) -> None:
         """What the operator asks for, in a registry of its own: with its heads also before there is a series."""
@@ -106,6 +107,25 @@ class Metrics:
         self._demand_only = CollectorRegistry()
         for gauge in gauges:
             self._demand_only.register(gauge)
+
+    def _add_pool(self) -> None:
+        """What an endpoint picker asks for, in a registry of its own: another's names do not belong into `/metrics`."""
+        self._pool = CollectorRegistry()
+        self._pool_waiting = Gauge(
+            "vllm:num_requests_waiting",
+            "Requests in the queue: without a first token.",
+            registry=self._pool,
+        )
+        self._pool_running = Gauge(
+            "vllm:num_requests_running",
+            "Requests that are being served: with a first token.",
+            registry=self._pool,
+        )
+        self._pool_kv = Gauge(
+            "vllm:kv_cache_usage_perc",
+            "Used part of the KV memory of all replicas, 0 to 1.",
+            registry=self._pool,
+        )
 
     def watch_certificate(self, expires_at: Callable[[], float]) -> None:
         """Tell when our certificate ends; all processes tell it by one name, each with its role."""
@@ -151,3 +171,16 @@ class Metrics:
         if names and set(names) <= set(self._demand):
             return generate_latest(self._demand_only)
         return generate_latest(self.registry.restricted_registry(names) if names else self.registry)
+
+    def render_pool(self, demands: Iterable[Demand], *, kv_utilization: float) -> bytes:
+        """The same moment in the names of the Gateway API Inference Extension's model server protocol.
+
+        Its metrics of a model server, with the names that pickers know by default (vLLM's): sums over all models,
+        because a picker reads one value of an endpoint.
+        """
+        demands = list(demands)
+        waiting = sum(demand.requests_waiting for demand in demands)
+        self._pool_waiting.set(waiting)
+        self._pool_running.set(sum(demand.requests_in_flight for demand in demands) - waiting)
+        self._pool_kv.set(kv_utilization)
+        return generate_latest(self._pool)

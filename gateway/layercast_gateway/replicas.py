@@ -125,6 +125,12 @@ class Replicas:
         return [self._workers[endpoint.address].stream for endpoint in route.endpoints]
 
     @property
+    def kv_utilization(self) -> float:
+        """Used part, 0 to 1, of the KV memory of all listed workers that are connected; 0 without any."""
+        uses = [w.stream.kv for w in self._workers.values() if w.listed and w.stream.connected]
+        return sum(use.used for use in uses) / max(1, sum(use.total for use in uses))
+
+    @property
     def retired(self) -> bool:
         """Some workers left the table and still have a stream."""
         return any(not worker.listed for worker in self._workers.values())

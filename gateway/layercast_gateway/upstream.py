@@ -71,6 +71,8 @@ class WorkerStream:
         self._tls = tls
         self.address = address
         self.connected = False
+        self.kv = engine_pb2.KvUse()
+        """How much KV memory is used there, as it said last."""
         self._gateway_id = gateway_id
         self._events = events
         self._backoff = Backoff(first_s=0.05, most_s=2.0)
@@ -159,6 +161,7 @@ class WorkerStream:
         try:
             async for response in call:
                 self._backoff.reset()
+                self.kv = response.kv
                 self._events.on_events(self.address, response.events)
             return f"{(await call.code()).name}: {await call.details()}"
         finally:

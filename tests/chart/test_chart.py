@@ -117,3 +117,18 @@ def test_every_value_is_described_by_the_schema() -> None:
     for name, value in values.items():
         if isinstance(value, dict) and "properties" in schema["properties"][name]:
             assert set(value) == set(schema["properties"][name]["properties"]), name
+
+
+def test_the_pool_sample_selects_the_gateways_and_their_port(default: Objects) -> None:
+    pool = yaml.safe_load((ROOT / "manifests" / "samples" / "inferencepool.yaml").read_text())
+    assert (pool["apiVersion"], pool["kind"]) == ("inference.networking.k8s.io/v1", "InferencePool")
+    wanted = pool["spec"]["selector"]["matchLabels"].items()
+    (port,) = (each["number"] for each in pool["spec"]["targetPorts"])
+    held = {o["metadata"]["name"]: o for o in default if o["kind"] in {"Deployment", "DaemonSet"}}
+    selected = {
+        name: o["spec"]["template"]["spec"]["containers"][0]["ports"]
+        for name, o in held.items()
+        if wanted <= o["spec"]["template"]["metadata"]["labels"].items()
+    }
+    assert selected.keys() == {"layercast-gateway"}
+    assert {"name": "http", "containerPort": port} in selected["layercast-gateway"]

@@ -146,9 +146,10 @@ class Worker(EngineServiceServicer):
         """The same worker, restarted: it remembers nothing."""
         await self.start(port=int(self.address.rpartition(":")[2]))
 
-    def send(self, *events: engine_pb2.Event) -> None:
-        """One message with these events."""
-        self._out.put_nowait(engine_pb2.GenerateResponse(events=events))
+    def send(self, *events: engine_pb2.Event, kv: tuple[int, int] = (0, 0)) -> None:
+        """One message with these events, and (used, all) pages."""
+        use = engine_pb2.KvUse(used=kv[0], total=kv[1])
+        self._out.put_nowait(engine_pb2.GenerateResponse(events=events, kv=use))
 
     def play(self, request: engine_pb2.Request, count: int | None = None) -> None:
         """Executes a request honestly: its first `count` steps, or all."""

@@ -8,7 +8,9 @@ from typing import Any
 
 import openai
 import pytest
-from tests.gateway.conftest import MODEL, World, failed
+from tests.gateway.conftest import MODEL, World, accepted, failed, tokens
+
+from layercast_gateway.gateway import Gateway
 
 USER: Any = [{"role": "user", "content": "Hi"}]
 
@@ -239,3 +241,40 @@ async def test_metrics_health_and_readiness(world: World) -> None:
     assert f'layercast_gateway_tokens_total{{model="tiny"}} {float(len(worker.reply))}' in metrics
     assert 'layercast_gateway_ttft_seconds_count{model="tiny"} 1.0' in metrics
     assert f'layercast_gateway_tbt_seconds_count{{model="tiny"}} {float(len(worker.reply) - 1)}' in metrics
+
+
+async def test_an_endpoint_picker_is_told_queue_running_and_kv_use(world: World) -> None:
+    workers = [await world.worker(automatic=False) for _ in range(2)]
+    client = await world.serving(*workers)
+    (gateway,) = world.gateways
+    assert await pool_metrics(world, gateway) == {"waiting": 0.0, "running": 0.0, "kv": 0.0}
+    opening = [
+        asyncio.create_task(client.chat.completions.create(model=MODEL, messages=USER, stream=True))
+        for _ in workers
+    ]
+    requests = [await worker.submit() for worker in workers]
+    assert await pool_metrics(world, gateway) == {"waiting": 2.0, "running": 0.0, "kv": 0.0}
+    for worker, request, used in zip(workers, requests, (3, 1), strict=True):
+        worker.send(accepted(request), tokens(request, 0, worker.reply[:1]), kv=(used, 8))
+    for each in opening:
+        await anext(aiter(await each))
+    assert await pool_metrics(world, gateway) == {"waiting": 0.0, "running": 2.0, "kv": 0.25}
+    await workers[1].die()
+    await world.until(gateway, lambda d: d.replicas.kv_utilization == 3 / 8)
+
+
+async def pool_metrics(world: World, gateway: Gateway) -> dict[str, float]:
+    """What a picker reads, by its names in short."""
+    status, text = await world.get(gateway, "/metrics/inference-pool")
+    assert status == 200
+    samples = {line.split()[0]: float(line.split()[1]) for line in text.splitlines() if line[0] != "#"}
+    assert samples.keys() == {
+        "vllm:num_requests_waiting",
+        "vllm:num_requests_running",
+        "vllm:kv_cache_usage_perc",
+    }
+    return {
+        "waiting": samples["vllm:num_requests_waiting"],
+        "running": samples["vllm:num_requests_running"],
+        "kv": samples["vllm:kv_cache_usage_perc"],
+    }

@@ -37,7 +37,7 @@ class Bench:
         seen: list[pb.Event] = []
         async with asyncio.timeout(20):
             while True:
-                for event in await self.outbox.next_batch():
+                for event in await self.outbox.next_batch() or []:
                     seen.append(event)
                 if any(e.request_id == request_id and e.WhichOneof("event") == kind for e in seen):
                     return seen

@@ -99,6 +99,12 @@ class Assignment:
         if self.replica is not None:
             self.replica.desk.cancel_gateway(gateway_id)
 
+    def kv_use(self) -> engine_pb2.KvUse:
+        if self.replica is None:
+            return engine_pb2.KvUse()
+        load = self.replica.loop.view.load
+        return engine_pb2.KvUse(used=load.kv_pages_used, total=load.kv_pages_total)
+
     def model_files(self, digest: str) -> dict[str, bytes] | None:
         holding = self._host.holdings.get(digest)
         return dict(holding.files) if holding is not None else None

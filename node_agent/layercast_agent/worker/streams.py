@@ -20,6 +20,9 @@ log = logging.getLogger(__name__)
 EVENTS_WAITING_MAX = 50_000
 """Events that may wait for a slow gateway: minutes of tokens of a full batch."""
 
+QUIET_S = 1.0
+"""After so long without an event a gateway is told how much KV is used, if that has changed."""
+
 ORPHAN_GRACE_S = 10.0
 """How long requests outlive the stream of their gateway, so that a reconnect costs nothing."""
 
@@ -42,9 +45,13 @@ class Outbox:
         self.closed = True
         self._filled.set()
 
-    async def next_batch(self) -> list[pb.Event]:
-        """All events that wait, at least one; an empty list once closed."""
-        await self._filled.wait()
+    async def next_batch(self, *, quiet_s: float | None = None) -> list[pb.Event] | None:
+        """All events that wait, at least one; an empty list once closed; None when there were none for `quiet_s`."""
+        try:
+            async with asyncio.timeout(quiet_s):
+                await self._filled.wait()
+        except TimeoutError:
+            return None
         self._filled.clear()
         events, self._events = self._events, []
         return [] if self.closed else events
@@ -92,6 +99,7 @@ class RequestHandler(Protocol):
     def cancel(self, request_id: str, attempt: int) -> None: ...
     def cancel_gateway(self, gateway_id: str) -> None: ...
     def model_files(self, digest: str) -> dict[str, bytes] | None: ...
+    def kv_use(self) -> pb.KvUse: ...
 
 
 class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
@@ -122,8 +130,12 @@ class EngineServicer(engine_pb2_grpc.EngineServiceServicer):
         log.info("a gateway connected", extra={"gateway": gateway_id})
         reader = asyncio.create_task(self._read(request_iterator, outbox))
         try:
-            while events := await outbox.next_batch():
-                yield pb.GenerateResponse(events=events)
+            told: pb.KvUse | None = None
+            while (events := await outbox.next_batch(quiet_s=QUIET_S)) != []:
+                kv = self._handler.kv_use()
+                if events or kv != told:
+                    yield pb.GenerateResponse(events=events or (), kv=kv)
+                    told = kv
             await context.abort(grpc.StatusCode.ABORTED, "replaced by a newer stream, or too slow")
         finally:
             reader.cancel()

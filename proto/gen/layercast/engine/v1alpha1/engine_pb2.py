@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from google.protobuf import timestamp_pb2 as google_dot_protobuf_dot_timestamp__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&layercast/engine/v1alpha1/engine.proto\x12\x19layercast.engine.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb9\x01\n\x0fGenerateRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .layercast.engine.v1alpha1.HelloH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.layercast.engine.v1alpha1.SubmitH\x00\x12\x33\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32!.layercast.engine.v1alpha1.CancelH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"=\n\x06Submit\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".layercast.engine.v1alpha1.Request\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xaa\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x06 \x03(\r\x12\x35\n\x08sampling\x18\x07 \x01(\x0b\x32#.layercast.engine.v1alpha1.Sampling\x12.\n\narrived_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x39\n\tdecode_at\x18\t \x01(\x0b\x32&.layercast.engine.v1alpha1.DecodePlace\"2\n\x0b\x44\x65\x63odePlace\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xbe\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x10\n\x08logprobs\x18\x08 \x01(\x08\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x46\n\nlogit_bias\x18\r \x03(\x0b\x32\x32.layercast.engine.v1alpha1.Sampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12/\n\x05guide\x18\x0f \x01(\x0b\x32 .layercast.engine.v1alpha1.Guide\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\\\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12\x10\n\x06\x63hoice\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"D\n\x10GenerateResponse\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .layercast.engine.v1alpha1.Event\"\xca\x02\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x37\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32#.layercast.engine.v1alpha1.AcceptedH\x00\x12\x33\n\x06tokens\x18\x04 \x01(\x0b\x32!.layercast.engine.v1alpha1.TokensH\x00\x12\x37\n\x08\x66inished\x18\x05 \x01(\x0b\x32#.layercast.engine.v1alpha1.FinishedH\x00\x12\x37\n\x08returned\x18\x06 \x01(\x0b\x32#.layercast.engine.v1alpha1.ReturnedH\x00\x12\x33\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32!.layercast.engine.v1alpha1.FailedH\x00\x42\x07\n\x05\x65vent\"3\n\x08\x41\x63\x63\x65pted\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\"i\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12:\n\x08logprobs\x18\x03 \x03(\x0b\x32(.layercast.engine.v1alpha1.TokenLogprobs\"S\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x31\n\x03top\x18\x02 \x03(\x0b\x32$.layercast.engine.v1alpha1.Candidate\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"C\n\x08\x46inished\x12\x37\n\x06reason\x18\x01 \x01(\x0e\x32\'.layercast.engine.v1alpha1.FinishReason\"\x1a\n\x08Returned\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x06\x46\x61iled\x12\x14\n\x0c\x63lient_fault\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x14GetModelFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x91\x01\n\x15GetModelFilesResponse\x12J\n\x05\x66iles\x18\x01 \x03(\x0b\x32;.layercast.engine.v1alpha1.GetModelFilesResponse.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xec\x01\n\rEngineService\x12g\n\x08Generate\x12*.layercast.engine.v1alpha1.GenerateRequest\x1a+.layercast.engine.v1alpha1.GenerateResponse(\x01\x30\x01\x12r\n\rGetModelFiles\x12/.layercast.engine.v1alpha1.GetModelFilesRequest\x1a\x30.layercast.engine.v1alpha1.GetModelFilesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n&layercast/engine/v1alpha1/engine.proto\x12\x19layercast.engine.v1alpha1\x1a\x1fgoogle/protobuf/timestamp.proto\"\xb9\x01\n\x0fGenerateRequest\x12\x31\n\x05hello\x18\x01 \x01(\x0b\x32 .layercast.engine.v1alpha1.HelloH\x00\x12\x33\n\x06submit\x18\x02 \x01(\x0b\x32!.layercast.engine.v1alpha1.SubmitH\x00\x12\x33\n\x06\x63\x61ncel\x18\x03 \x01(\x0b\x32!.layercast.engine.v1alpha1.CancelH\x00\x42\t\n\x07\x63ommand\"\x1b\n\x05Hello\x12\x12\n\ngateway_id\x18\x01 \x01(\t\"=\n\x06Submit\x12\x33\n\x07request\x18\x01 \x01(\x0b\x32\".layercast.engine.v1alpha1.Request\"-\n\x06\x43\x61ncel\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\"\xaa\x02\n\x07Request\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x12\n\ngateway_id\x18\x02 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x03 \x01(\r\x12\r\n\x05model\x18\x04 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x05 \x03(\r\x12\x1b\n\x13generated_token_ids\x18\x06 \x03(\r\x12\x35\n\x08sampling\x18\x07 \x01(\x0b\x32#.layercast.engine.v1alpha1.Sampling\x12.\n\narrived_at\x18\x08 \x01(\x0b\x32\x1a.google.protobuf.Timestamp\x12\x39\n\tdecode_at\x18\t \x01(\x0b\x32&.layercast.engine.v1alpha1.DecodePlace\"2\n\x0b\x44\x65\x63odePlace\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\"\xbe\x03\n\x08Sampling\x12\x13\n\x0btemperature\x18\x01 \x01(\x02\x12\r\n\x05top_p\x18\x02 \x01(\x02\x12\r\n\x05top_k\x18\x03 \x01(\r\x12\x0c\n\x04seed\x18\x04 \x01(\x04\x12\x12\n\nmax_tokens\x18\x05 \x01(\r\x12\x16\n\x0estop_token_ids\x18\x06 \x03(\r\x12\x14\n\x0ctop_logprobs\x18\x07 \x01(\r\x12\x10\n\x08logprobs\x18\x08 \x01(\x08\x12\r\n\x05min_p\x18\t \x01(\x02\x12\x1a\n\x12repetition_penalty\x18\n \x01(\x02\x12\x18\n\x10presence_penalty\x18\x0b \x01(\x02\x12\x19\n\x11\x66requency_penalty\x18\x0c \x01(\x02\x12\x46\n\nlogit_bias\x18\r \x03(\x0b\x32\x32.layercast.engine.v1alpha1.Sampling.LogitBiasEntry\x12\x12\n\nmin_tokens\x18\x0e \x01(\r\x12/\n\x05guide\x18\x0f \x01(\x0b\x32 .layercast.engine.v1alpha1.Guide\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\r\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\"\\\n\x05Guide\x12\x15\n\x0bjson_schema\x18\x01 \x01(\tH\x00\x12\x0f\n\x05regex\x18\x02 \x01(\tH\x00\x12\x11\n\x07grammar\x18\x03 \x01(\tH\x00\x12\x10\n\x06\x63hoice\x18\x04 \x01(\tH\x00\x42\x06\n\x04kind\"r\n\x10GenerateResponse\x12\x30\n\x06\x65vents\x18\x01 \x03(\x0b\x32 .layercast.engine.v1alpha1.Event\x12,\n\x02kv\x18\x02 \x01(\x0b\x32 .layercast.engine.v1alpha1.KvUse\"$\n\x05KvUse\x12\x0c\n\x04used\x18\x01 \x01(\r\x12\r\n\x05total\x18\x02 \x01(\r\"\xca\x02\n\x05\x45vent\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\x0f\n\x07\x61ttempt\x18\x02 \x01(\r\x12\x37\n\x08\x61\x63\x63\x65pted\x18\x03 \x01(\x0b\x32#.layercast.engine.v1alpha1.AcceptedH\x00\x12\x33\n\x06tokens\x18\x04 \x01(\x0b\x32!.layercast.engine.v1alpha1.TokensH\x00\x12\x37\n\x08\x66inished\x18\x05 \x01(\x0b\x32#.layercast.engine.v1alpha1.FinishedH\x00\x12\x37\n\x08returned\x18\x06 \x01(\x0b\x32#.layercast.engine.v1alpha1.ReturnedH\x00\x12\x33\n\x06\x66\x61iled\x18\x07 \x01(\x0b\x32!.layercast.engine.v1alpha1.FailedH\x00\x42\x07\n\x05\x65vent\"3\n\x08\x41\x63\x63\x65pted\x12\x12\n\nreplica_id\x18\x01 \x01(\t\x12\x13\n\x0blayers_done\x18\x02 \x01(\r\"i\n\x06Tokens\x12\x10\n\x08position\x18\x01 \x01(\r\x12\x11\n\ttoken_ids\x18\x02 \x03(\r\x12:\n\x08logprobs\x18\x03 \x03(\x0b\x32(.layercast.engine.v1alpha1.TokenLogprobs\"S\n\rTokenLogprobs\x12\x0f\n\x07logprob\x18\x01 \x01(\x02\x12\x31\n\x03top\x18\x02 \x03(\x0b\x32$.layercast.engine.v1alpha1.Candidate\".\n\tCandidate\x12\x10\n\x08token_id\x18\x01 \x01(\r\x12\x0f\n\x07logprob\x18\x02 \x01(\x02\"C\n\x08\x46inished\x12\x37\n\x06reason\x18\x01 \x01(\x0e\x32\'.layercast.engine.v1alpha1.FinishReason\"\x1a\n\x08Returned\x12\x0e\n\x06reason\x18\x01 \x01(\t\"/\n\x06\x46\x61iled\x12\x14\n\x0c\x63lient_fault\x18\x01 \x01(\x08\x12\x0f\n\x07message\x18\x02 \x01(\t\"&\n\x14GetModelFilesRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\t\"\x91\x01\n\x15GetModelFilesResponse\x12J\n\x05\x66iles\x18\x01 \x03(\x0b\x32;.layercast.engine.v1alpha1.GetModelFilesResponse.FilesEntry\x1a,\n\nFilesEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01*|\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x1b\n\x17\x46INISH_REASON_CANCELLED\x10\x03\x32\xec\x01\n\rEngineService\x12g\n\x08Generate\x12*.layercast.engine.v1alpha1.GenerateRequest\x1a+.layercast.engine.v1alpha1.GenerateResponse(\x01\x30\x01\x12r\n\rGetModelFiles\x12/.layercast.engine.v1alpha1.GetModelFilesRequest\x1a\x30.layercast.engine.v1alpha1.GetModelFilesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,8 +36,8 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_SAMPLING_LOGITBIASENTRY']._serialized_options = b'8\001'
   _globals['_GETMODELFILESRESPONSE_FILESENTRY']._loaded_options = None
   _globals['_GETMODELFILESRESPONSE_FILESENTRY']._serialized_options = b'8\001'
-  _globals['_FINISHREASON']._serialized_start=2355
-  _globals['_FINISHREASON']._serialized_end=2479
+  _globals['_FINISHREASON']._serialized_start=2439
+  _globals['_FINISHREASON']._serialized_end=2563
   _globals['_GENERATEREQUEST']._serialized_start=103
   _globals['_GENERATEREQUEST']._serialized_end=288
   _globals['_HELLO']._serialized_start=290
@@ -57,29 +57,31 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_GUIDE']._serialized_start=1231
   _globals['_GUIDE']._serialized_end=1323
   _globals['_GENERATERESPONSE']._serialized_start=1325
-  _globals['_GENERATERESPONSE']._serialized_end=1393
-  _globals['_EVENT']._serialized_start=1396
-  _globals['_EVENT']._serialized_end=1726
-  _globals['_ACCEPTED']._serialized_start=1728
-  _globals['_ACCEPTED']._serialized_end=1779
-  _globals['_TOKENS']._serialized_start=1781
-  _globals['_TOKENS']._serialized_end=1886
-  _globals['_TOKENLOGPROBS']._serialized_start=1888
-  _globals['_TOKENLOGPROBS']._serialized_end=1971
-  _globals['_CANDIDATE']._serialized_start=1973
-  _globals['_CANDIDATE']._serialized_end=2019
-  _globals['_FINISHED']._serialized_start=2021
-  _globals['_FINISHED']._serialized_end=2088
-  _globals['_RETURNED']._serialized_start=2090
-  _globals['_RETURNED']._serialized_end=2116
-  _globals['_FAILED']._serialized_start=2118
-  _globals['_FAILED']._serialized_end=2165
-  _globals['_GETMODELFILESREQUEST']._serialized_start=2167
-  _globals['_GETMODELFILESREQUEST']._serialized_end=2205
-  _globals['_GETMODELFILESRESPONSE']._serialized_start=2208
-  _globals['_GETMODELFILESRESPONSE']._serialized_end=2353
-  _globals['_GETMODELFILESRESPONSE_FILESENTRY']._serialized_start=2309
-  _globals['_GETMODELFILESRESPONSE_FILESENTRY']._serialized_end=2353
-  _globals['_ENGINESERVICE']._serialized_start=2482
-  _globals['_ENGINESERVICE']._serialized_end=2718
+  _globals['_GENERATERESPONSE']._serialized_end=1439
+  _globals['_KVUSE']._serialized_start=1441
+  _globals['_KVUSE']._serialized_end=1477
+  _globals['_EVENT']._serialized_start=1480
+  _globals['_EVENT']._serialized_end=1810
+  _globals['_ACCEPTED']._serialized_start=1812
+  _globals['_ACCEPTED']._serialized_end=1863
+  _globals['_TOKENS']._serialized_start=1865
+  _globals['_TOKENS']._serialized_end=1970
+  _globals['_TOKENLOGPROBS']._serialized_start=1972
+  _globals['_TOKENLOGPROBS']._serialized_end=2055
+  _globals['_CANDIDATE']._serialized_start=2057
+  _globals['_CANDIDATE']._serialized_end=2103
+  _globals['_FINISHED']._serialized_start=2105
+  _globals['_FINISHED']._serialized_end=2172
+  _globals['_RETURNED']._serialized_start=2174
+  _globals['_RETURNED']._serialized_end=2200
+  _globals['_FAILED']._serialized_start=2202
+  _globals['_FAILED']._serialized_end=2249
+  _globals['_GETMODELFILESREQUEST']._serialized_start=2251
+  _globals['_GETMODELFILESREQUEST']._serialized_end=2289
+  _globals['_GETMODELFILESRESPONSE']._serialized_start=2292
+  _globals['_GETMODELFILESRESPONSE']._serialized_end=2437
+  _globals['_GETMODELFILESRESPONSE_FILESENTRY']._serialized_start=2393
+  _globals['_GETMODELFILESRESPONSE_FILESENTRY']._serialized_end=2437
+  _globals['_ENGINESERVICE']._serialized_start=2566
+  _globals['_ENGINESERVICE']._serialized_end=2802
 # @@protoc_insertion_point(module_scope)
