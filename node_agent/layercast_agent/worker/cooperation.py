@@ -184,7 +184,7 @@ class Cooperation:
             self._keep(self._offers.popleft())
 
     def _keep(self, seq: Sequence) -> None:
-        if seq.request_id in self._desk.owned:
+        if self._desk.holds(seq):
             self._desk.enqueue(seq)
 
     async def _offer_next(self) -> bool:
@@ -197,7 +197,7 @@ class Cooperation:
             return self._keep_one_when_idle()
         link = min(able, key=lambda link: (len(link.outstanding), link.peer.peer_id))
         seq = self._offers.popleft()
-        if seq.request_id in self._desk.owned:
+        if self._desk.holds(seq):
             await self._offer(link, seq)
         return True
 
@@ -249,7 +249,8 @@ class Cooperation:
         finally:
             self._shelf.close(seq.request_id)
         if seq.request_id in answer.accepted_request_ids:
-            self._desk.disown(seq.request_id)
+            if self._desk.holds(seq):
+                self._desk.disown(seq.request_id)
             link.outstanding[seq.request_id] = seq
             self.given += 1
             return
@@ -293,6 +294,14 @@ class Cooperation:
         """Brings a request over; the engine takes it in between two steps, and nobody here waits for that."""
         seq = wire.sequence_of(handoff.request)
         link.outstanding.pop(seq.request_id, None)
+        mine = self._desk.owned.get(seq.request_id)
+        if mine is not None and mine.attempt >= seq.attempt:
+            await self._release(
+                link, seq, taken=True
+            )  # its gateway has begun anew here: the giver forgets it
+            return True
+        if mine is not None:
+            self._desk.cancel(seq.request_id, mine.attempt)
         state = None
         try:
             reachable = self._desk.can_reach(seq.gateway_id)
@@ -320,7 +329,8 @@ class Cooperation:
             self.taken += 1
         except AgentError as error:
             _not_taken(seq, error)
-            self._desk.disown(seq.request_id)
+            if self._desk.holds(seq):
+                self._desk.disown(seq.request_id)
             self._taken_from.pop(seq.request_id, None)
             taken = False
         await self._release(link, seq, taken=taken)

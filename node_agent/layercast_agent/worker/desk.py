@@ -126,6 +126,10 @@ class RequestDesk:
         """Whether tokens for that gateway have a way out of here."""
         return self._streams.connected(gateway_id)
 
+    def holds(self, seq: Sequence) -> bool:
+        """Whether this very attempt is owned: its gateway may have ended it, or begun a newer one here."""
+        return self.owned.get(seq.request_id) is seq
+
     def disown(self, request_id: str) -> Sequence | None:
         """Forgets a request that ended or belongs to another replica now."""
         self._started.discard(request_id)
@@ -158,9 +162,10 @@ class RequestDesk:
             self.cancel(seq.request_id, seq.attempt)
 
     def give_back(self, sequences: Iterable[Sequence], *, reason: str) -> None:
-        """Returns requests, already out of the engine, to their gateways."""
+        """Returns requests, already out of the engine, to their gateways; newer attempts of them stay."""
         for seq in sequences:
-            if self.disown(seq.request_id) is not None:
+            if self.holds(seq):
+                self.disown(seq.request_id)
                 self._streams.send(seq.gateway_id, [wire.returned(seq, reason=reason)])
 
     async def return_waiting(

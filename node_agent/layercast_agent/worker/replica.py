@@ -280,14 +280,15 @@ class Replica:
         if lease is None:
             return
         if request.taken:
-            self.desk.disown(request.request_id)
+            if self.desk.holds(lease.seq):
+                self.desk.disown(request.request_id)
             self.handoffs_given += 1
         else:
             await self._take_back(lease)
 
     async def _take_back(self, lease: Lease) -> None:
         seq = lease.seq
-        if seq.request_id not in self.desk.owned:
+        if not self.desk.holds(seq):
             return
         memory = lease.memory
         state = memory.view(0, memory.nbytes) if memory is not None else None
