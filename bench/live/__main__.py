@@ -300,7 +300,7 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         default=1.2,
         help="other shapes: mean, times one replica's capacity (%(default)s)",
     )
-    add("--prompt-tokens", type=int, default=22, help="of a prompt, median (%(default)s)")
+    add("--prompt-tokens", type=int, default=16, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=4, help="of an answer, median (%(default)s)")
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)
