@@ -161,7 +161,8 @@ class WorkerStream:
         try:
             async for response in call:
                 self._backoff.reset()
-                self.kv = response.kv
+                if response.HasField("kv"):
+                    self.kv = response.kv
                 self._events.on_events(self.address, response.events)
             return f"{(await call.code()).name}: {await call.details()}"
         finally:
