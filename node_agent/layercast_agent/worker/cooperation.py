@@ -249,8 +249,7 @@ class Cooperation:
         finally:
             self._shelf.close(seq.request_id)
         if seq.request_id in answer.accepted_request_ids:
-            if self._desk.holds(seq):
-                self._desk.disown(seq.request_id)
+            self._desk.disown(seq)
             link.outstanding[seq.request_id] = seq
             self.given += 1
             return
@@ -294,14 +293,6 @@ class Cooperation:
         """Brings a request over; the engine takes it in between two steps, and nobody here waits for that."""
         seq = wire.sequence_of(handoff.request)
         link.outstanding.pop(seq.request_id, None)
-        mine = self._desk.owned.get(seq.request_id)
-        if mine is not None and mine.attempt >= seq.attempt:
-            await self._release(
-                link, seq, taken=True
-            )  # its gateway has begun anew here: the giver forgets it
-            return True
-        if mine is not None:
-            self._desk.cancel(seq.request_id, mine.attempt)
         state = None
         try:
             reachable = self._desk.can_reach(seq.gateway_id)
@@ -313,14 +304,17 @@ class Cooperation:
         if not reachable:
             await self._release(link, seq, taken=False)
             return False
+        if not self._desk.make_way(seq):  # its gateway has begun anew here: the giver forgets it
+            await self._release(link, seq, taken=True)
+            return True
+        self._desk.own(seq, layers_done=handoff.layers_done)
         self._count_taken(seq.prefix_length)
-        self._spawn(
-            self._admit(link, seq, layers_done=handoff.layers_done, state=state), among=link.admitting
-        )
+        admission = self._spawn(self._admit(link, seq, layers_done=handoff.layers_done, state=state))
+        link.admitting.add(admission)
+        admission.add_done_callback(link.admitting.discard)
         return True
 
     async def _admit(self, link: Link, seq: Sequence, *, layers_done: int, state: bytearray | None) -> None:
-        self._desk.own(seq, layers_done=layers_done)
         self._taken_from[seq.request_id] = link.peer.peer_id
         taken = True
         try:
@@ -329,8 +323,7 @@ class Cooperation:
             self.taken += 1
         except AgentError as error:
             _not_taken(seq, error)
-            if self._desk.holds(seq):
-                self._desk.disown(seq.request_id)
+            self._desk.disown(seq)
             self._taken_from.pop(seq.request_id, None)
             taken = False
         await self._release(link, seq, taken=taken)
@@ -347,13 +340,13 @@ class Cooperation:
         link = self._links.pop(target, None)
         if link is not None:
             log.info("cooperation with a target ends", extra={"target": target, "reason": reason})
-            self._spawn(_close(link), among=set())
+            self._spawn(_close(link))
 
-    def _spawn(self, coroutine: Coroutine[None, None, None], *, among: set[asyncio.Task[None]]) -> None:
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(coroutine)
-        for tasks in (self._tasks, among):
-            tasks.add(task)
-            task.add_done_callback(tasks.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
 
 
 async def _close(link: Link) -> None:

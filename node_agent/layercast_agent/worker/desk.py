@@ -58,13 +58,10 @@ class RequestDesk:
 
     def submit(self, request: pb.Request) -> None:
         """A gateway's Submit: idempotent by (request id, attempt)."""
-        mine = self.owned.get(request.request_id)
-        if mine is not None and mine.attempt >= request.attempt:
-            self._resend(mine)
-            return
-        if mine is not None:
-            self.cancel(request.request_id, mine.attempt)
         seq = wire.sequence_of(request)
+        if not self.make_way(seq):
+            self._resend(self.owned[seq.request_id])
+            return
         refusal = self._refusal or (
             ""
             if request.model == self.model
@@ -94,12 +91,22 @@ class RequestDesk:
 
     def _added(self, seq: Sequence, done: asyncio.Future[None]) -> None:
         error = None if done.cancelled() else done.exception()
-        if error is not None and self.owned.get(seq.request_id) is seq:
+        if error is not None:
             self.give_back([seq], reason=str(error))
 
     def embed(self, seq: Sequence) -> torch.Tensor:
         """See `EngineLoop.embed`."""
         return self._loop.embed(seq)
+
+    def make_way(self, seq: Sequence) -> bool:
+        """Ends an older attempt of a request that comes in; False when it, or a newer one, is here already."""
+        mine = self.owned.get(seq.request_id)
+        if mine is None:
+            return True
+        if mine.attempt >= seq.attempt:
+            return False
+        self.cancel(mine.request_id, mine.attempt)
+        return True
 
     def own(self, seq: Sequence, *, layers_done: int, moved: bool = False) -> None:
         """The request is about to enter the engine; its gateway hears of it with `announce`.
@@ -130,15 +137,17 @@ class RequestDesk:
         """Whether this very attempt is owned: its gateway may have ended it, or begun a newer one here."""
         return self.owned.get(seq.request_id) is seq
 
-    def disown(self, request_id: str) -> Sequence | None:
-        """Forgets a request that ended or belongs to another replica now."""
-        self._started.discard(request_id)
-        self._unannounced.pop(request_id, None)
-        self._moved_here.discard(request_id)
-        seq = self.owned.pop(request_id, None)
+    def disown(self, seq: Sequence) -> bool:
+        """Forgets an attempt that ended or belongs to another replica now; False when it was not owned any more."""
+        if not self.holds(seq):
+            return False
+        del self.owned[seq.request_id]
+        self._started.discard(seq.request_id)
+        self._unannounced.pop(seq.request_id, None)
+        self._moved_here.discard(seq.request_id)
         if not self.owned:
             self._emptied.set()
-        return seq
+        return True
 
     async def wait_empty(self, deadline_s: float) -> None:
         """Returns when nothing is owned, or when the time is over."""
@@ -153,7 +162,7 @@ class RequestDesk:
         seq = self.owned.get(request_id)
         if seq is None or seq.attempt > attempt:
             return
-        self.disown(request_id)
+        self.disown(seq)
         self._loop.call(lambda engine: engine.cancel(request_id))
 
     def cancel_gateway(self, gateway_id: str) -> None:
@@ -164,8 +173,7 @@ class RequestDesk:
     def give_back(self, sequences: Iterable[Sequence], *, reason: str) -> None:
         """Returns requests, already out of the engine, to their gateways; newer attempts of them stay."""
         for seq in sequences:
-            if self.holds(seq):
-                self.disown(seq.request_id)
+            if self.disown(seq):
                 self._streams.send(seq.gateway_id, [wire.returned(seq, reason=reason)])
 
     async def return_waiting(
@@ -205,7 +213,7 @@ class RequestDesk:
             self._streams.send(gateway_id, batch)
         for event in mine:
             if event.finish is not None or event.error:
-                self.disown(event.request_id)
+                self.disown(self.owned[event.request_id])
 
     def _is_mine(self, event: TokenEvent) -> bool:
         """False for a request that ended or left meanwhile, and for an attempt that was replaced."""

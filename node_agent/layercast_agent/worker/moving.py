@@ -137,7 +137,7 @@ class Mover:
             self.listen(seq)
         pieces = self._listening[seq.request_id]
         try:
-            while self._desk.owned.get(seq.request_id) is seq:
+            while self._desk.holds(seq):
                 try:
                     async with asyncio.timeout(SILENCE_S):
                         piece = await pieces.get()
@@ -163,7 +163,7 @@ class Mover:
         seq = route.seq
         begun = min(route.held)
         moved = Moved(computed=0, held=begun, prefilling=True)
-        while self._desk.owned.get(seq.request_id) is seq:
+        while self._desk.holds(seq):
             progress = await self._desk.ask(lambda engine: engine.moves.progress(seq.request_id))
             if progress is None:
                 return None
@@ -235,7 +235,7 @@ class Mover:
         """The last pause: from here on the request runs nowhere until the target has it."""
         began = time.monotonic()
         stopped = await self._desk.ask(lambda engine: _stop(engine, seq))
-        if not stopped or self._desk.owned.get(seq.request_id) is not seq:
+        if not stopped or not self._desk.holds(seq):
             await self._stages.end_at(to, session)
             return False
         handoff = pb.Handoff(
@@ -253,7 +253,7 @@ class Mover:
         if seq.request_id not in answer.accepted_request_ids:
             self._desk.give_back([seq], reason=f"{to.peer_id} did not take it over")
             return False
-        self._desk.disown(seq.request_id)
+        self._desk.disown(seq)
         self.moved += 1
         self.last_pause_s = time.monotonic() - began
         self.pauses = self.pauses.with_one(predicted_s=self._pause.seconds, actual_s=self.last_pause_s)

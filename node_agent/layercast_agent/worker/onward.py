@@ -46,7 +46,7 @@ class Onward:
         to = peer_pb2.Peer(peer_id=place.replica_id, address=place.address)
         try:
             for _ in range(TRIES_MAX):
-                if self._desk.owned.get(seq.request_id) is not seq or self._desk.refuses:
+                if not self._desk.holds(seq) or self._desk.refuses:
                     return  # a drain moves it by itself
                 if await self._mover.move(seq, to, from_prompt=True):
                     return

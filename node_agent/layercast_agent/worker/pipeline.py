@@ -276,7 +276,7 @@ class Pipeline:
         await asyncio.gather(*(self._host.end_at(self._peers[peer], place.session) for peer in peers))
 
     def _owned(self, seq: Sequence) -> bool:
-        return self._desk.owned.get(seq.request_id) is seq
+        return self._desk.holds(seq)
 
     def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
         task = asyncio.create_task(coroutine)

@@ -221,15 +221,14 @@ class Replica:
 
     async def _accept(self, handoff: peer_pb2.Handoff, *, giver: peer_pb2.Peer) -> bool:
         seq = wire.sequence_of(handoff.request)
-        mine = self.desk.owned.get(seq.request_id)
-        if mine is not None and mine.attempt >= seq.attempt:
+        if not self.desk.make_way(seq):
             return True
         if not self.desk.can_reach(seq.gateway_id):
             return False
         try:
             await self._import(seq, handoff, giver)
         except AgentError as error:
-            self.desk.disown(seq.request_id)
+            self.desk.disown(seq)
             log.info("an offer was refused", extra={"request": seq.request_id, "reason": str(error)})
             return False
         self.desk.announce(seq)
@@ -237,12 +236,16 @@ class Replica:
 
     async def _import(self, seq: Sequence, handoff: peer_pb2.Handoff, giver: peer_pb2.Peer) -> None:
         if handoff.session:
+            if not self.desk.make_way(seq):
+                return
             self.desk.own(seq, layers_done=0, moved=True)
             held = await self.desk.ask(lambda engine: engine.moves.settle(seq, handoff.session))
             self.stages.settled(handoff.session)
             log.info("a request moved here", extra={"request": seq.request_id, "positions_held": held})
             return
         state = await fetch_state(handoff, giver=giver, token=self._host.settings.token, tls=self._host.tls)
+        if not self.desk.make_way(seq):
+            return
         self.desk.own(seq, layers_done=handoff.layers_done)
         await self.desk.ask(lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state))
 
@@ -280,8 +283,7 @@ class Replica:
         if lease is None:
             return
         if request.taken:
-            if self.desk.holds(lease.seq):
-                self.desk.disown(request.request_id)
+            self.desk.disown(lease.seq)
             self.handoffs_given += 1
         else:
             await self._take_back(lease)
