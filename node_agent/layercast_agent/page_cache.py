@@ -55,13 +55,15 @@ def cached_share(descriptor: int, offset: int, mapped: memoryview) -> float:
     return float(np.count_nonzero(pages & 1) / page_count) if answer == 0 else 0.0
 
 
-def bring_in(mapped: memoryview) -> None:
+def bring_in(mapped: memoryview, *, share: float) -> None:
     """Read what is not in memory, and enter all pages into our page table, so that the first use finds them there.
 
-    Without the interpreter lock: page faults of different threads do not wait for one another.
+    `share` of them are there already. Without the interpreter lock: page faults of different threads do not wait for
+    one another.
     """
-    first, nbytes = _pages(mapped)
-    _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), mmap.MADV_WILLNEED)
+    if share < 1.0:  # it looks every page up, which for a whole file takes longer than entering them
+        first, nbytes = _pages(mapped)
+        _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), mmap.MADV_WILLNEED)
     data = np.frombuffer(mapped, dtype=np.uint8)
     int(data[::FAULT_AROUND_BYTES].sum()) + int(data[-1])  # the kernel enters the neighbours of each page too
 

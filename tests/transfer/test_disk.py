@@ -22,6 +22,7 @@ from layercast_agent.regions import HostMemory
 from layercast_agent.residency import Residency
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
 from layercast_agent.store import Store
+from layercast_agent.transport.disk import READERS
 
 CPU = torch.device("cpu")
 DEADLINE_S = 20.0
@@ -161,6 +162,29 @@ def test_unaligned_memory_is_filled_all_the_same(packed: Path) -> None:
     evict(packed)
     assert load(packed, memories).complete
     assert [bytes(m.view(0, m.nbytes)) for m in memories] == expected
+
+
+def test_a_load_that_fails_has_ended_when_all_readers_have(packed: Path) -> None:
+    """Also those that were not the one that failed: the memory is somebody else's afterwards."""
+    present: list[int] = []
+    written: list[int] = []
+    all_here = threading.Barrier(READERS)
+
+    class BreakingMemory(HostMemory):
+        """Refuses one chunk of each reader but the one that began last, which is slow."""
+
+        def commit(self, offset: int, nbytes: int, staged: memoryview) -> None:
+            present.append(threading.get_native_id())
+            all_here.wait(DEADLINE_S)
+            if threading.get_native_id() != max(present):
+                raise RuntimeError("no such memory")
+            threading.Event().wait(0.2)  # long enough for the others to be done
+            written.append(offset)
+
+    evict(packed)
+    outcome = load(packed, [BreakingMemory(len(data)) for data in content(packed)])
+    assert not outcome.complete
+    assert len(written) == 1
 
 
 def test_a_file_without_a_record_is_verified_before_it_is_mapped(packed: Path) -> None:

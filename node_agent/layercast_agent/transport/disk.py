@@ -90,7 +90,8 @@ class DiskLink:
                 ]
                 for thread in others:
                     thread.start()
-                self._read_asked(files, reader)
+                with self._ending():  # the others are waited for however it ends
+                    self._read_asked(files, reader)
                 for thread in others:
                     thread.join()
         self._request.post(ev.UpstreamEnded(link=self._request.link, reason=self._close_reason))
@@ -174,7 +175,7 @@ class DiskLink:
                 share = reader.cached_share(segment, view) if able else 0.0
                 usable = share >= MAPPED_SHARE_MIN and self._is_sound(files, segment)
                 if usable:
-                    bring_in(view)
+                    bring_in(view, share=share)
                 self._usable[segment] = view if usable else None
             return self._usable[segment]
 

@@ -3,8 +3,8 @@
 One stream is one core of each end, so there are two, and a chunk is asked of the one that has less to do. A chunk is
 one call into the kernel and one crc32 (in smaller pieces, waking the interpreter costs more than a warm cache saves).
 
-Threads: one a stream receives straight into the target's memory, the first of them also connects; the watch
-tells what the peer holds, and connects meanwhile. `fetch` only writes small frames, so the transfer's own thread
+Threads: one a stream connects it and receives straight into the target's memory; the watch tells what the peer
+holds, and connects meanwhile. `fetch` only writes small frames, so the transfer's own thread
 never waits for the network.
 """
 
@@ -27,8 +27,11 @@ from layercast_agent.regions import RegionRef
 from layercast_agent.tls import Tls
 from layercast_agent.transfer_events import Chunk
 from layercast_agent.transport import ChunkLink, LinkRequest, tcp, wire
+from layercast_agent.transport.disk import DiskLink
 from layercast_agent.transport.landing import Landing
+from layercast_agent.transport.nixl_link import NixlLink
 from layercast_agent.transport.secure import Stream
+from layercast_agent.transport.shm_link import ShmLink
 from layercast_agent.transport.watch import HeldSegment, ResidencyWatch
 from layercast_agent.transport.wire import Deadline, ReadRequest, ResponseHeader, Status
 
@@ -75,6 +78,7 @@ class TcpLink:
         self._next_request_id = 0
         self._close_reason = ""
         self._connected = False
+        self._opened = 0  # streams
         self._settled = threading.Event()  # the streams are open, or will never be
         self._watch = ResidencyWatch(
             address=request.upstream.address,
@@ -124,13 +128,11 @@ class TcpLink:
         others: list[threading.Thread] = []
         with self._ending():
             self._watch.start()
-            for _ in range(STREAMS):
-                self._open_stream()
-            for stream in self._streams[1:]:
-                others.append(threading.Thread(target=self._receive, args=(stream,), daemon=True))
-                others[-1].start()
-            self._settled.set()
-            self._receive(self._streams[0])
+            for _ in range(STREAMS - 1):
+                other = threading.Thread(target=self._serve_stream, name="upstream", daemon=True)
+                other.start()
+                others.append(other)
+            self._serve_stream()
         for thread in others:
             thread.join()
         self._watch.join()
@@ -156,7 +158,18 @@ class TcpLink:
         finally:
             self.close(reason)
 
-    def _open_stream(self) -> None:
+    def _serve_stream(self) -> None:
+        with self._ending():
+            stream = self._open_stream()
+            with self._lock:
+                self._opened += 1
+                last = self._opened == STREAMS
+            if last:
+                self._settled.set()
+            while True:
+                self._receive_answer(stream)
+
+    def _open_stream(self) -> _Stream:
         address = self._request.upstream.data_address
         sock = tcp.new_socket(address)
         stream = _Stream(socket=sock)
@@ -170,6 +183,7 @@ class TcpLink:
         connected.settimeout(None)  # the transfer watches progress and closes what does not move
         wire.receive_in_turns(connected, PROGRESS_S)
         self._check_open()
+        return stream
 
     def _check_open(self) -> None:
         with self._lock:
@@ -187,11 +201,6 @@ class TcpLink:
             self._request.post(ev.UpstreamConnected(link=self._request.link))
         bitmaps = {number: held.verified_chunks for number, held in segments.items()}
         self._request.post(ev.ChunksAnnounced(link=self._request.link, segments=bitmaps))
-
-    def _receive(self, stream: _Stream) -> None:
-        with self._ending():
-            while True:
-                self._receive_answer(stream)
 
     def _receive_answer(self, stream: _Stream) -> None:
         frame = bytearray(wire.RESPONSE_BYTES)
@@ -246,8 +255,6 @@ def open_link(
 ) -> ChunkLink:
     """A link to whatever the upstream is: this node's files, this node's host memory, or a peer."""
     if request.upstream.memory_socket is not None:
-        from layercast_agent.transport.shm_link import ShmLink
-
         return ShmLink(
             request,
             manifest=manifest,
@@ -258,8 +265,6 @@ def open_link(
             tls=tls,
         )
     if request.upstream.local_folder is not None:
-        from layercast_agent.transport.disk import DiskLink
-
         return DiskLink(request, manifest=manifest, landing=landing, folder=request.upstream.local_folder)
     by_tcp = functools.partial(
         TcpLink,
@@ -272,8 +277,6 @@ def open_link(
     )
     if plane is None:
         return by_tcp()
-    from layercast_agent.transport.nixl_link import NixlLink
-
     return NixlLink(
         request,
         manifest=manifest,
