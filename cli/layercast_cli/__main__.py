@@ -13,7 +13,7 @@ from layercast_cli import settings
 from layercast_cli.errors import CliError
 from layercast_cli.explain import explain
 from layercast_cli.get import get
-from layercast_cli.kubectl import doctor, is_remote, show
+from layercast_cli.kubectl import doctor, is_remote, show, tell
 from layercast_cli.scale import scale
 from layercast_cli.state import StateDir
 from layercast_cli.timeline import timeline
@@ -56,7 +56,7 @@ def run(flags: argparse.Namespace) -> int:
         return 0
     if flags.command == "doctor":
         return doctor(namespace=flags.namespace)
-    print(view(flags, settings.state_of(flags)))
+    tell(view(flags, settings.state_of(flags)))
     return 0
 
 

@@ -73,12 +73,12 @@ def replica_table(status: ServiceStatus | None) -> RenderableType:
 
 
 def replicas_line(status: ServiceStatus | None) -> str:
-    """`node-0 serving, node-1 live 12/30`."""
+    """`node-0 serving, node-1 live 12/30 layers 43 %`."""
     if status is None or not status.replicas:
         return "no replica yet"
     return ", ".join(
         f"{each.node} {each.state.lower()}"
-        + ("" if each.complete else f" {each.layers_resident}/{each.layers_total}")
+        + (f" {each.layers_resident}/{each.layers_total} layers {each.share} %" if each.arriving else "")
         for each in status.replicas
     )
 
@@ -115,8 +115,8 @@ def _replica_cells(replica: ReplicaStatus) -> list[RenderableType]:
     state = replica.state.lower()
     style = STATE_STYLE.get(state, "")
     bar = words.bar(replica.layers_resident, replica.layers_total, width=BAR_CELLS)
-    coming = f"from {replica.source}, {words.gigabytes_per_s(replica.bytes_per_s)}"
-    note = replica.error or ("" if replica.complete or not replica.source else coming)
+    coming = f"{replica.share} % from {replica.source}, {words.gigabytes_per_s(replica.bytes_per_s)}"
+    note = replica.error or (coming if replica.arriving and replica.source else "")
     return [
         Text(f"  {replica.node}"),
         Text(state, style=style),

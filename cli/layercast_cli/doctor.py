@@ -148,14 +148,15 @@ def _reached(seen: Installation) -> Iterator[Line]:
         return
     for what, metric, label, remedy in (
         ("agents reached", "layercast_operator_agent_up", "node",
-         "the operator's log has the reason: a NetworkPolicy, a certificate of another authority, or a dead agent"),
+         "the operator's log for the reason: a NetworkPolicy, a certificate of another authority, or a dead agent"),
         ("gateways reached", "layercast_operator_gateway_up", "gateway",
          "whether a NetworkPolicy lets the operator reach the gateways' port http"),
     ):  # fmt: skip
         found = {labels[label]: value == 1 for labels, value in acting[0].of(metric)}
         silent = sorted(name for name, up in found.items() if not up)
         if silent or not found:
-            told = f"{', '.join(silent)} does not answer" if silent else "the operator knows of none"
+            verb = "does" if len(silent) == 1 else "do"
+            told = f"{', '.join(silent)} {verb} not answer" if silent else "the operator knows of none"
             yield Line(what=what, well=False, told=told, remedy=f"look at {remedy}" if silent else remedy)
         else:
             yield Line(what=what, well=True, told=f"all {len(found)} answer the operator")

@@ -140,6 +140,8 @@ def host_copy(copy: HostCopy) -> str:
 
 def _replica(replica: ReplicaStatus) -> str:
     layers = f"{replica.layers_resident} of {replica.layers_total} layers"
+    if replica.arriving:
+        layers += f", {replica.share} % of its parameters"
     work = f"{replica.requests_running} running, {replica.requests_waiting} waiting"
     role = f", {replica.role.lower()} only" if replica.role in ("Prefill", "Decode") else ""
     state = f"{replica.state}{role}"

@@ -29,8 +29,6 @@ WIDE_HEADER = [
     "RUNNING",
     "HANDOFFS",
 ]
-# States of a replica that is on its way, as the operator names them in any case.
-LOADING_STATES = ("loading", "live", "leading")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,7 +101,7 @@ def wide(services: Sequence[Service]) -> str:
 
 def loading(replicas: Sequence[ReplicaStatus]) -> tuple[ReplicaStatus, ...]:
     """Those whose parameters are on their way."""
-    return tuple(each for each in replicas if each.state.lower().endswith(LOADING_STATES))
+    return tuple(each for each in replicas if each.arriving)
 
 
 def _row(service: Service) -> list[str]:
@@ -111,12 +109,12 @@ def _row(service: Service) -> list[str]:
     if status is None:
         return [service.name, f"0/{service.wanted}", "-", "-", "-", words.age(service.age_s)]
     coming = loading(status.replicas)
-    layers = ", ".join(f"{each.layers_resident}/{each.layers_total}" for each in coming)
+    there = ", ".join(f"{each.layers_resident}/{each.layers_total} layers {each.share} %" for each in coming)
     p99 = histogram_quantile(0.99, service.metrics.ttft_buckets) if service.metrics is not None else None
     return [
         service.name,
         f"{status.serving}/{status.desired}",
-        f"{len(coming)} ({layers} layers)" if coming else "-",
+        f"{len(coming)} ({there})" if coming else "-",
         ", ".join(sorted({each.source for each in coming if each.source})) or "-",
         words.duration(p99),
         words.age(service.age_s),

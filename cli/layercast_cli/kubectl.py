@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
+from itertools import chain
 from typing import Any
 
 from layercast_cli.errors import CliError
@@ -23,6 +26,12 @@ from layercast_cli.timeline import charts
 
 KIND = "modelservices.layercast.dev"
 PREFIXES = ("msvc/", "modelservice/", "modelservices/")
+# kubectl's own flags that have a value; a value must not be taken for the name.
+KUBECTL_FLAGS = (
+    "--context", "--kubeconfig", "--cluster", "--user", "--server", "-s", "--token", "--as", "--as-group", "--as-uid",
+    "--certificate-authority", "--client-certificate", "--client-key", "--tls-server-name", "--cache-dir",
+    "--request-timeout", "-v",
+)  # fmt: skip
 DEADLINE_S = 30.0
 
 
@@ -45,16 +54,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-o", "--output", choices=("", "wide", "json"), default="")
     parser.add_argument("--all", action="store_true", help="timeline: every scale-up that is known")
     parser.add_argument("-n", "--namespace", default="")
-    flags, passed = parser.parse_known_args(arguments)
+    for flag in KUBECTL_FLAGS:
+        parser.add_argument(
+            flag, dest="kubectl", action="append", type=partial(_flag, flag), help=argparse.SUPPRESS
+        )
+    # Intermixed: the name may stand before flags or after them.
+    flags, passed = parser.parse_known_intermixed_args(arguments)
+    passed = [*passed, *chain.from_iterable(flags.kubectl or ())]
     try:
         if flags.command == "doctor":
             return doctor(namespace=flags.namespace, passed=passed)
         passed = [*(("-n", flags.namespace) if flags.namespace else ()), *passed]
-        print(show(flags.command, flags.name, output=flags.output, every=flags.all, passed=passed))
+        tell(show(flags.command, flags.name, output=flags.output, every=flags.all, passed=passed))
     except CliError as error:
         print(f"kubectl layercast {flags.command}: {error}", file=sys.stderr)
         return error.exit_code
     return 0
+
+
+def _flag(flag: str, value: str) -> tuple[str, str]:
+    return flag, value
+
+
+def tell(text: str) -> None:
+    """Prints; a reader that has seen enough, as `head`, is no fault."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        # Python would complain again when it flushes at its end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def show(command: str, name: str | None, *, output: str, every: bool, passed: Sequence[str] = ()) -> str:
@@ -107,7 +135,7 @@ def doctor(*, namespace: str, passed: Sequence[str] = ()) -> int:
     from layercast_cli.installation import look
 
     lines = examine(look(namespace=namespace, passed=passed))
-    print(text_of(lines))
+    tell(text_of(lines))
     return 1 if any(line.well is False for line in lines) else 0
 
 

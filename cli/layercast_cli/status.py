@@ -12,6 +12,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+# States of a replica that is on its way, as the operator names them in any case.
+ARRIVING_STATES = ("loading", "live", "leading")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Condition:
@@ -50,9 +53,14 @@ class ReplicaStatus:
     requests_moved: int = 0
 
     @property
-    def complete(self) -> bool:
-        """All of its layers are resident."""
-        return 0 < self.layers_total <= self.layers_resident
+    def arriving(self) -> bool:
+        """Its parameters are on their way. The head comes after the last layer: layers alone do not tell."""
+        return self.state.lower().endswith(ARRIVING_STATES)
+
+    @property
+    def share(self) -> int:
+        """Per cent of its parameters that are there; 100 only when all are."""
+        return 100 * self.done_bytes // self.total_bytes if self.total_bytes else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

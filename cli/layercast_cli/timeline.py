@@ -10,10 +10,10 @@ from layercast_cli.state import StateDir
 from layercast_cli.status import Scale, ScaleReplica, ServiceStatus, read_status
 
 ORDERED, LOADING, EXECUTING, COMPLETE = "·", "░", "▒", "█"
-FIRST_TOKEN = "T"
+FIRST_TOKEN, LATER = "T", "›"
 LEGEND = (
     f"{ORDERED} ordered   {LOADING} segments arrive   {EXECUTING} executes resident layers   "
-    f"{COMPLETE} complete   {FIRST_TOKEN} first token"
+    f"{COMPLETE} complete   {FIRST_TOKEN} first token, {LATER} later"
 )
 MILESTONES = ["NODE", "SOURCE", "ASSIGNED", "SEGMENT", "LAYER", "TOKEN", "COMPLETE", "RATE"]
 # Time after the last event, so that the state it led to is visible.
@@ -73,7 +73,7 @@ def row(replica: ScaleReplica, decided_at: float, *, span_s: float, cells: int) 
         drawn.append(reached[-1] if reached else " ")
     if replica.first_token_at is not None:
         at = int((replica.first_token_at - decided_at) / span_s * cells)
-        drawn[min(max(at, 0), cells - 1)] = FIRST_TOKEN
+        drawn[min(max(at, 0), cells - 1)] = FIRST_TOKEN if at < cells else LATER
     return "".join(drawn).rstrip()
 
 
@@ -103,7 +103,7 @@ def _round_step(rough: float) -> float:
 
 
 def _last_event_s(scale: Scale) -> float:
-    """Seconds from the decision to the last event that is known; never 0."""
+    """Seconds from the decision to the last event of the load that is known; never 0."""
     events = [
         at
         for each in scale.replicas
@@ -111,7 +111,8 @@ def _last_event_s(scale: Scale) -> float:
             each.assigned_at,
             each.first_segment_at,
             each.first_layer_at,
-            each.first_token_at,
+            # A complete replica may wait for a request for minutes: the load would be a dot beside them.
+            each.first_token_at if each.complete_at is None else None,
             each.complete_at,
         )
         if at is not None

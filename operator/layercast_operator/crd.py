@@ -50,9 +50,8 @@ def _columns() -> list[Schema]:
     ]
 
 
-def crd() -> dict[str, Any]:
-    """The CustomResourceDefinition."""
-    schema = mapping(
+def _schema() -> Schema:
+    return mapping(
         "A model and how it is served.",
         {
             "apiVersion": text("Version of this schema."),
@@ -64,11 +63,42 @@ def crd() -> dict[str, Any]:
         required=("spec",),
         rules=[rule("size(self.metadata.name) <= 50", "the name must have at most 50 characters")],
     )
+
+
+def _told(schema: Schema) -> Schema:
+    """With defaults and limits in the descriptions: `kubectl explain` shows nothing else of them."""
+    told = dict(schema)
+    if "properties" in schema:
+        told["properties"] = {name: _told(child) for name, child in schema["properties"].items()}
+    if "items" in schema:
+        told["items"] = _told(schema["items"])
+    if parts := [*_bounds(schema), *_default(schema)]:
+        limits = "; ".join(parts)
+        told["description"] = f"{schema['description']} {limits[0].upper()}{limits[1:]}."
+    return told
+
+
+def _default(schema: Schema) -> list[str]:
+    default = schema.get("default", {})
+    if isinstance(default, dict):
+        return []
+    return [
+        f"default {'empty' if default == '' else str(default).lower() if isinstance(default, bool) else default}"
+    ]
+
+
+def _bounds(schema: Schema) -> list[str]:
+    parts = [f"at least {schema['minimum']:g}"] if "minimum" in schema else []
+    return parts + ([f"at most {schema['maximum']:g}"] if "maximum" in schema else [])
+
+
+def crd() -> dict[str, Any]:
+    """The CustomResourceDefinition."""
     version = {
         "name": VERSION,
         "served": True,
         "storage": True,
-        "schema": {"openAPIV3Schema": schema},
+        "schema": {"openAPIV3Schema": _told(_schema())},
         "subresources": {
             "status": {},
             "scale": {
@@ -129,7 +159,7 @@ def page_text() -> str:
         "Every field of `layercast.dev/v1alpha1`, as `kubectl explain modelservice --recursive` tells them. Generated "
         "from `operator/layercast_operator/crd.py` by `make crd`.",
     ]
-    schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+    schema = _schema()
     for part in ("spec", "status"):
         lines += ["", f"## {part}", "", "| field | type | default | meaning |", "|---|---|---|---|"]
         for path, child in fields(schema["properties"][part]):
@@ -142,10 +172,7 @@ def _limits(child: Schema) -> str:
     parts = []
     if "enum" in child:
         parts.append("one of " + ", ".join(f"`{value!r}`" for value in child["enum"]))
-    if "minimum" in child:
-        parts.append(f"at least {child['minimum']:g}")
-    if "maximum" in child:
-        parts.append(f"at most {child['maximum']:g}")
+    parts += _bounds(child)
     parts += [rule["message"] for rule in child.get("x-kubernetes-validations", ())]
     return f" ({'; '.join(parts)})" if parts else ""
 

@@ -24,6 +24,7 @@ from layercast_operator.lastcopies import disk_will_do, suffice
 from layercast_operator.modelservice import CACHE_POLICIES, ModelService, ScalePolicy
 from layercast_operator.multicast import Holder, HolderKind
 from layercast_operator.placement import choose_preparer, place_replicas
+from layercast_operator.policy import counted
 from layercast_operator.replacing import (
     PlanInput,
     current_of,
@@ -355,7 +356,7 @@ def _grow(
             engine=given.model.engine,
             prefix_caching=given.model.prefix_caching,
             manifest_peer=_manifest_peer(place.node, holders),
-            why=f"{len(stays)} of {given.target} replicas are there or on their way; {place.why}",
+            why=f"{len(stays)} of {counted(given.target, 'replica')} there or on the way; {place.why}",
             way=place.way,
             parameters_s=place.parameters_s,
         )

@@ -171,7 +171,8 @@ def _ready(
     if resolved.status != "True":
         return replace(resolved, type="Ready")
     if counts.serving:
-        message = f"{counts.serving} of {counted(counts.desired, 'replica')} serve"
+        verb = "serves" if counts.serving == 1 else "serve"
+        message = f"{counts.serving} of {counted(counts.desired, 'replica')} {verb}"
         return Condition(type="Ready", status="True", reason="Serving", message=message)
     if counts.desired == 0:
         message = "scaled to zero; the first request starts a replica"

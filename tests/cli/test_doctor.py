@@ -50,7 +50,7 @@ def page(component: str, ends_in_s: float = 300 * DAY, **values: float) -> Page:
 
 def service(reason: str = "Fresh", status: str = "True") -> dict[str, Any]:
     conditions = [
-        {"type": "Ready", "status": "True", "reason": "Serving", "message": "1 of 1 replica serve"},
+        {"type": "Ready", "status": "True", "reason": "Serving", "message": "1 of 1 replica serves"},
         {"type": "MetricsAvailable", "status": status, "reason": reason, "message": "words"},
     ]
     return {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +71,36 @@ def test_explain_says_the_numbers_the_rule_and_the_alternatives(
     for part in ("1 of 2", "rule queue", "promptTokensWaiting 900", "Or 1 replica: 0.9 s", "m-1 on n1"):
         assert part in text
     assert asked.read_text() == "get modelservices.layercast.dev m -o json -n models --context lab"
+
+
+@pytest.mark.parametrize(
+    "flags", [("-n", "models"), ("--context", "lab"), ("--request-timeout", "5s", "-n", "models")]
+)
+def test_the_name_may_stand_behind_flags(
+    asked: Path, capsys: pytest.CaptureFixture[str], flags: tuple[str, ...]
+) -> None:
+    assert kubectl.main(["explain", *flags, "m"]) == 0
+    assert "1 of 2" in capsys.readouterr().out
+    words = asked.read_text().split()
+    assert words[:5] == ["get", "modelservices.layercast.dev", "m", "-o", "json"]
+    assert sorted(words[5:]) == sorted(flags)
+
+
+def test_a_reader_may_leave_before_the_end(asked: Path) -> None:
+    """As `head` does; nothing is said of it."""
+    code = "import sys; from layercast_cli.kubectl import main; sys.exit(main(['explain', 'm']))"
+    read, write = os.pipe()
+    os.close(read)
+    with os.fdopen(write) as stdout:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_timeline_and_get(asked: Path, capsys: pytest.CaptureFixture[str]) -> None:

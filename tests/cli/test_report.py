@@ -125,8 +125,11 @@ def test_the_display_shows_layers_and_failures() -> None:
     replicas = [
         {"node": "node-0", "state": "serving", "layersResident": 30, "layersTotal": 30, "requestsRunning": 2},
         {"node": "node-1", "state": "live", "layersResident": 12, "layersTotal": 30, "source": "node-0"},
+        {"node": "node-2", "state": "live", "layersResident": 30, "layersTotal": 30, "source": "node-0"},
     ]
-    counts = {"desired": 2, "serving": 1, "loading": 1}
+    for replica, there in zip(replicas, (500, 215, 430), strict=True):
+        replica |= {"doneBytes": there, "totalBytes": 500}
+    counts = {"desired": 3, "serving": 1, "loading": 2}
     status = parse_status("smollm2", {"counts": counts, "replicas": replicas})
     view = DemoView(
         phase="burst",
@@ -149,6 +152,7 @@ def test_the_display_shows_layers_and_failures() -> None:
         "1 failed",
         "6 without a first token",
         "12/30 layers",
+        "86 % from node-0",  # its head is on its way, when no layer is
         "p99 2.25 s",
         "4 handoffs",
         "a footer",
@@ -157,5 +161,5 @@ def test_the_display_shows_layers_and_failures() -> None:
     assert "other: starting" in text
     assert demo_line(view) == (
         "[   12 s] burst: 20 sent, 11 answered, 1 failed, 6 waiting, TTFT p50 500 ms; "
-        "node-0 serving, node-1 live 12/30"
+        "node-0 serving, node-1 live 12/30 layers 43 %, node-2 live 30/30 layers 86 %"
     )

@@ -30,7 +30,7 @@ STATUS: dict[str, Any] = {
             "type": "Ready",
             "status": "False",
             "reason": "ReplicasLoading",
-            "message": "1 of 3 replicas serve",
+            "message": "1 of 3 replicas serves",
             "lastTransitionTime": "2023-11-14T22:13:20Z",
         }
     ],
@@ -55,6 +55,8 @@ STATUS: dict[str, Any] = {
             "state": "live",
             "layersResident": 12,
             "layersTotal": 30,
+            "doneBytes": 231,
+            "totalBytes": 538,
             "source": "node-0/cpu:0",
             "bytesPerSecond": 67600000,
             "handoffsGiven": 5,
@@ -66,6 +68,8 @@ STATUS: dict[str, Any] = {
             "state": "loading",
             "layersResident": 3,
             "layersTotal": 30,
+            "doneBytes": 53,
+            "totalBytes": 538,
             "source": "node-1/cpu:0",
             "bytesPerSecond": 61000000,
             "error": "",
@@ -138,7 +142,7 @@ def test_get(state: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert re.split(r" {2,}", line) == [
         "smollm2",
         "1/3",
-        "2 (12/30, 3/30 layers)",
+        "2 (12/30 layers 42 %, 3/30 layers 9 %)",
         "node-0/cpu:0, node-1/cpu:0",
         "-",
         "1m15s",
@@ -253,7 +257,7 @@ def test_explain_gives_numbers_and_rule() -> None:
     text = explanation(parse_status("smollm2", STATUS), now=DECIDED + 45)
     lines = text.splitlines()
     assert lines[0] == "smollm2: 1 of 3 wanted replicas serves, 2 are loading."
-    assert "  Ready  False   45s  ReplicasLoading  1 of 3 replicas serve" in lines
+    assert "  Ready  False   45s  ReplicasLoading  1 of 3 replicas serves" in lines
     assert any(line.startswith("Last decision: 1 → 3 replicas at ") for line in lines)
     assert "  Why:  3.4 s of prompts wait for 1 replica; at most 2.0 s are wanted" in lines
     assert "  Rule: queue-seconds" in lines

@@ -28,7 +28,8 @@ def _arriving(status: ServiceStatus) -> list[ReplicaStatus]:
 
 
 def _serving(status: ServiceStatus) -> list[ReplicaStatus]:
-    return [r for r in status.replicas if r.complete and r.state.lower() == "serving"]
+    whole = (r for r in status.replicas if 0 < r.layers_total <= r.layers_resident)
+    return [r for r in whole if r.state.lower() == "serving"]
 
 
 def _victim(role: str, status: ServiceStatus) -> str:
