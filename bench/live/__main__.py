@@ -62,6 +62,7 @@ class Plan:
     loads: float
     seconds: float
     mean: float
+    step_tokens: int
     repeats: int
     seed: int
     lengths: Lengths
@@ -204,6 +205,7 @@ def run(plan: Plan) -> dict[str, object]:
         tokens=plan.lengths.output_tokens,
         tokens_max=plan.lengths.output_tokens if plan.trace == "step" else plan.lengths.output_tokens_max,
         context_length=CONTEXT_TOKENS,
+        step_tokens=plan.step_tokens,
     )
     print("  calibration: one replica at rest", file=sys.stderr, flush=True)
     calibration = calibrate(setting, book)
@@ -302,6 +304,12 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     )
     add("--prompt-tokens", type=int, default=16, help="of a prompt, median (%(default)s)")
     add("--output-tokens", type=int, default=4, help="of an answer, median (%(default)s)")
+    add(
+        "--step-tokens",
+        type=int,
+        default=48,
+        help="most tokens of one step: some prompts and a batch of decodes (%(default)s)",
+    )
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)
     add("--model-dir", type=Path, default=default_model_dir())

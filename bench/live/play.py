@@ -54,6 +54,8 @@ class Setting:
     """Of an answer, median."""
     tokens_max: int
     context_length: int
+    step_tokens: int = 0
+    """Most tokens of one step; 0 is the device's own."""
     link_bytes_per_s: int = 0
     disk_bytes_per_s: int = 0
     host_pool_bytes: int = 1 << 30
@@ -107,7 +109,12 @@ def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> di
             "windows": {"scaleDownSeconds": 30},
         },
         # A few prompts come again and again: known beginnings would make most of the work vanish.
-        "serving": {"contextLength": setting.context_length, "batchSize": BATCH_SIZE, "prefixCaching": False},
+        "serving": {
+            "contextLength": setting.context_length,
+            "batchSize": BATCH_SIZE,
+            "stepTokens": setting.step_tokens,
+            "prefixCaching": False,
+        },
         "drain": {"graceSeconds": 20},
     }
     return document_of(MODEL, spec)

@@ -39,6 +39,7 @@ def same_request(known: Assignment, request: pb.StartReplicaRequest) -> bool:
         and first.digest == request.digest
         and first.context_length_max == request.context_length_max
         and first.batch_size_max == request.batch_size_max
+        and first.step_tokens_max == request.step_tokens_max
         and first.engine == request.engine
         and first.prefix_caching_off == request.prefix_caching_off
         and request.device_id in ("", known.worker.slot.device_id)

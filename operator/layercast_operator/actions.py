@@ -36,6 +36,8 @@ class StartReplica:
     device_id: str
     context_length_max: int
     batch_size_max: int
+    step_tokens_max: int
+    """0 means the device's own."""
     engine: str
     """Block implementation asked for."""
     prefix_caching: bool

@@ -235,6 +235,7 @@ def _start(action: StartReplica) -> pb.StartReplicaRequest:
         manifest_peer=None if peer is None else _peer(peer),
         context_length_max=action.context_length_max,
         batch_size_max=action.batch_size_max,
+        step_tokens_max=action.step_tokens_max,
         engine=action.engine,
         prefix_caching_off=not action.prefix_caching,
         device_id=action.device_id,

@@ -150,6 +150,8 @@ class ModelService:
     """Longest sequence in tokens; 0 means the checkpoint's own."""
     batch_size: int
     drain_grace_s: float
+    step_tokens: int = 0
+    """Most tokens of one step, over all requests; 0 means the device's own."""
     engine: str = "auto"
     """Block implementation: one of ENGINES."""
     prefix_caching: bool = True
@@ -218,11 +220,12 @@ def _spec(spec: Section, name: str) -> ModelService:
     replicas = spec.integer("replicas", 1, least=0)
     scaling_section = spec.section("scaling")
     scaling = None if scaling_section is None else _scaling(scaling_section)
-    context_length, batch_size, engine, prefix_caching, grace_s = 0, 16, "auto", True, 20.0
+    context_length, batch_size, step_tokens, engine, prefix_caching, grace_s = 0, 16, 0, "auto", True, 20.0
     serving = spec.section("serving")
     if serving is not None:
         context_length = serving.integer("contextLength", 0, least=0)
         batch_size = serving.integer("batchSize", 16, least=1)
+        step_tokens = serving.integer("stepTokens", 0, least=0)
         engine = serving.choice("engine", ENGINES, "auto")
         prefix_caching = serving.boolean("prefixCaching", default=True)
         serving.done()
@@ -255,6 +258,7 @@ def _spec(spec: Section, name: str) -> ModelService:
         scaling=scaling,
         context_length=context_length,
         batch_size=batch_size,
+        step_tokens=step_tokens,
         engine=engine,
         prefix_caching=prefix_caching,
         drain_grace_s=grace_s,

@@ -353,6 +353,7 @@ def _grow(
             device_id=place.device_id,
             context_length_max=context_length(given.model, resolved),
             batch_size_max=given.model.batch_size,
+            step_tokens_max=given.model.step_tokens,
             engine=given.model.engine,
             prefix_caching=given.model.prefix_caching,
             manifest_peer=_manifest_peer(place.node, holders),

@@ -193,6 +193,13 @@ def spec() -> Schema:
                         "Longest sequence in tokens; 0 means the checkpoint's own.", default=0, minimum=0
                     ),
                     "batchSize": int32("Most requests that a replica runs at once.", default=16, minimum=1),
+                    "stepTokens": int32(
+                        "Most tokens that a replica computes in one step, over all its requests; longer prompts are "
+                        "cut. Fewer: answers in progress wait less for new prompts. More: fewer steps for the same "
+                        "work. 0 means 2048 on a GPU and 128 on a CPU. Replicas that are there keep theirs.",
+                        default=0,
+                        minimum=0,
+                    ),
                     "engine": text(
                         "Which block executes the layers: generic runs every supported architecture, fast the Llama "
                         "family. auto takes fast where it can run the model. Replicas that are there keep theirs.",

@@ -173,6 +173,7 @@ async def test_start_is_idempotent(open_node: OpenNode) -> None:
             {"model": "n"},
             {"context_length_max": 65},
             {"batch_size_max": 3},
+            {"step_tokens_max": 3},
             {"device_id": "cpu:1"},
         ):
             async with refused(Code.ALREADY_EXISTS, "r-1", "cpu:0"):

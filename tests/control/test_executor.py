@@ -63,6 +63,7 @@ def start(name: str = "m-000001") -> StartReplica:
         device_id="cpu:0",
         context_length_max=8,
         batch_size_max=1,
+        step_tokens_max=0,
         engine="auto",
         prefix_caching=True,
         manifest_peer=PeerRef(peer_id="p", address="p:1", data_address="p:2"),

@@ -30,7 +30,7 @@ spec:
     policy: live
     targets: {queueSeconds: {low: 0.5, high: 0.7}, kvUtilization: {low: 0.75, high: 0.95}, prefillTokensPerSecond: 0}
     windows: {scaleDownSeconds: 10}
-  serving: {contextLength: 2048, batchSize: 16, engine: generic, prefixCaching: false}
+  serving: {contextLength: 2048, batchSize: 16, stepTokens: 512, engine: generic, prefixCaching: false}
   drain: {graceSeconds: 20}
 """
 
@@ -42,6 +42,7 @@ def parse(text: str) -> ModelService:
 def test_the_documented_sample() -> None:
     got = parse(SAMPLE)
     assert (got.name, got.replicas, got.context_length, got.batch_size) == ("smollm2", 1, 2048, 16)
+    assert got.step_tokens == 512
     assert (got.engine, got.prefix_caching, got.drain_grace_s) == ("generic", False, 20.0)
     assert got.model.key == "file:///abs/path@default+float32"
     assert got.scaling is not None
@@ -130,6 +131,7 @@ values = st.recursive(
             ("spec", "scaling", "targets"),
             ("spec", "scaling", "min"),
             ("spec", "serving", "batchSize"),
+            ("spec", "serving", "stepTokens"),
             ("spec", "serving", "prefixCaching"),
             ("spec", "drain", "graceSeconds"),
         ]

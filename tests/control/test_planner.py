@@ -35,13 +35,14 @@ def kinds(actions: list[Any]) -> list[str]:
 
 
 def test_the_first_replica_is_prepared_started_and_fed_from_its_own_disk(worlds: Any) -> None:
-    p = pilot(worlds, worlds.service())
+    p = pilot(worlds, worlds.service(step_tokens=64))
     p.world.demand["m"] = worlds.demand()
     log = p.run(6)
     assert kinds(log) == ["PrepareCheckpoint", "StartReplica", "StartTransfer"]
     prepare, start, transfer = log
     assert prepare.node == start.node == transfer.node == "node-0"
     assert (start.manifest_peer, start.context_length_max, start.batch_size_max) == (None, 2048, 16)
+    assert start.step_tokens_max == 64
     assert start.replica_id == "m-000000" and transfer.transfer_id == "m-000000-t"
     assert transfer.upstreams == (None,) and transfer.live_source is None
     assert transfer.segment_order == (0, 4, 1, 2, 3)

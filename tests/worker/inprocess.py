@@ -117,7 +117,7 @@ class Worker:
     def peer(self) -> peer_pb2.Peer:
         return self.host.peer(self.name)
 
-    async def start(self, manifest: Manifest, files: dict[str, bytes]) -> None:
+    async def start(self, manifest: Manifest, files: dict[str, bytes], *, step_tokens_max: int = 0) -> None:
         """Serves, and has a replica without parameters."""
         await self._server.start()
         spec = agent_pb2.StartReplicaRequest(
@@ -126,6 +126,7 @@ class Worker:
             digest=manifest.digest,
             context_length_max=128,
             batch_size_max=8,
+            step_tokens_max=step_tokens_max,
         )
         await self.assignment.assign(
             worker_pb2.AssignReplicaRequest(replica=spec, manifest_json=manifest.to_json(), files=files)

@@ -116,7 +116,7 @@ def build(
         kv=KVCache(shape, plan.kv_pages, page_size=PAGE_TOKENS, device=host.device),
         limits=EngineLimits(
             batch_size_max=batch_size_max,
-            step_tokens_max=STEP_TOKENS_MAX[host.device.type],
+            step_tokens_max=spec.step_tokens_max or STEP_TOKENS_MAX[host.device.type],
             waiting_max=REQUESTS_WAITING_MAX,
             context_length_max=context_length_max,
             prefix_caching=not spec.prefix_caching_off,

@@ -1107,6 +1107,7 @@ class StartReplicaRequest(_message.Message):
     DEVICE_ID_FIELD_NUMBER: _builtins.int
     ENGINE_FIELD_NUMBER: _builtins.int
     PREFIX_CACHING_OFF_FIELD_NUMBER: _builtins.int
+    STEP_TOKENS_MAX_FIELD_NUMBER: _builtins.int
     replica_id: _builtins.str
     """Chosen by the caller."""
     model: _builtins.str
@@ -1127,6 +1128,8 @@ class StartReplicaRequest(_message.Message):
     """Compute every prompt whole, whatever requests before it have left in the
     KV pages.
     """
+    step_tokens_max: _builtins.int
+    """Most tokens of one step, over all requests; 0 means the device's own."""
     @_builtins.property
     def manifest_peer(self) -> _peer_pb2.Peer:
         """Where the manifest is when this node's disk does not hold it."""
@@ -1143,10 +1146,11 @@ class StartReplicaRequest(_message.Message):
         device_id: _builtins.str = ...,
         engine: _builtins.str = ...,
         prefix_caching_off: _builtins.bool = ...,
+        step_tokens_max: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["manifest_peer", b"manifest_peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "engine", b"engine", "manifest_peer", b"manifest_peer", "model", b"model", "prefix_caching_off", b"prefix_caching_off", "replica_id", b"replica_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["batch_size_max", b"batch_size_max", "context_length_max", b"context_length_max", "device_id", b"device_id", "digest", b"digest", "engine", b"engine", "manifest_peer", b"manifest_peer", "model", b"model", "prefix_caching_off", b"prefix_caching_off", "replica_id", b"replica_id", "step_tokens_max", b"step_tokens_max"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
