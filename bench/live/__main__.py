@@ -307,8 +307,8 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
     add(
         "--step-tokens",
         type=int,
-        default=48,
-        help="most tokens of one step: some prompts and a batch of decodes (%(default)s)",
+        default=0,
+        help="most tokens of one step; 0 is the device's own (%(default)s)",
     )
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

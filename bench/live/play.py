@@ -17,6 +17,7 @@ from bench.live.prompts import PromptBook
 
 from layercast_cli.errors import ClusterError
 from layercast_cli.local import LocalCluster
+from layercast_cli.model import float32_bytes, reserve_bytes
 from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.records import RequestRecord, Sample
@@ -129,6 +130,7 @@ def cluster(setting: Setting, *, policy: str, replicas: int, highest: int) -> Lo
             agents=setting.agents,
             link_bytes_per_s=setting.link_bytes_per_s,
             disk_bytes_per_s=setting.disk_bytes_per_s,
+            reserve_bytes=reserve_bytes(float32_bytes(setting.model_dir)),
             cpu_share=cpu_share(len(usable_cores()), setting.agents),
             host_pool_bytes=setting.host_pool_bytes if policy in CACHING else 0,
             gateway_flags=("--queue-requests-max", "4096"),

@@ -23,7 +23,7 @@ from layercast_cli import shares, words
 from layercast_cli.demand import Drive, demand_plan
 from layercast_cli.display import DemoView, demo_line, demo_panel, replicas_line
 from layercast_cli.local import LocalCluster
-from layercast_cli.model import ensure_model, float32_bytes
+from layercast_cli.model import ensure_model, float32_bytes, reserve_bytes
 from layercast_cli.modelfile import document_of
 from layercast_cli.programs import ClusterSettings
 from layercast_cli.records import DemoRecord, Sample
@@ -89,6 +89,7 @@ def cluster_settings(settings: DemoSettings, model_dir: Path, *, checkpoint_byte
         port=settings.port,
         link_bytes_per_s=int(checkpoint_bytes / settings.load_s),
         device_memory_bytes=min(DEVICE_MEMORY_BYTES_MAX, memory),
+        reserve_bytes=reserve_bytes(checkpoint_bytes),
         # A node that packed the checkpoint in an earlier run would load from its own disk, not over the links.
         fresh=True,
         gateway_flags=("--queue-requests-max", str(QUEUE_REQUESTS_MAX)),

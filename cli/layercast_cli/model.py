@@ -12,6 +12,9 @@ from layercast_cli.errors import CliError
 
 FLOAT32_BYTES = 4
 
+ALIGNMENT_BYTES_MAX = 16 << 20
+"""More than a page for each segment of any model that a laptop serves."""
+
 
 def ensure_model(folder: Path, *, report: Callable[[str], None]) -> Path:
     """The absolute folder of SmolLM2-135M-Instruct, made when it is not there. Raises CliError."""
@@ -35,3 +38,8 @@ def float32_bytes(folder: Path) -> int:
     if total == 0:
         raise CliError(f"{folder} holds no safetensors file with parameters")
     return total
+
+
+def reserve_bytes(parameter_bytes: int) -> int:
+    """Memory that takes parameters of so many bytes for sure: in it, every layer begins at a border of its own."""
+    return parameter_bytes + ALIGNMENT_BYTES_MAX

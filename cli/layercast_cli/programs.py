@@ -29,9 +29,10 @@ class ClusterSettings:
     `services` are checked ModelService documents. `policy` empty leaves each ModelService its own. `port` 0
     takes a free one. `link_bytes_per_s` 0 leaves the links between agents unlimited, `disk_bytes_per_s` 0 their
     disks. `cpu_share`, `device_memory_bytes` and `host_pool_bytes` None share out what the machine has.
-    `gateway_flags` are appended to the gateway's. `fresh` forgets the checkpoints that an earlier cluster on this
-    folder packed: its nodes begin with empty disks. `tls` makes certificates and has all processes demand them of
-    one another.
+    `reserve_bytes` of each device's memory are touched at the start, as a GPU's always are: the first touch of fresh
+    memory costs a load more processor time than all the rest. `gateway_flags` are appended to the gateway's. `fresh`
+    forgets the checkpoints that an earlier cluster on this folder packed: its nodes begin with empty disks. `tls` makes
+    certificates and has all processes demand them of one another.
     """
 
     state_dir: Path
@@ -46,6 +47,7 @@ class ClusterSettings:
     devices: str = "cpu:1"
     device_memory_bytes: int | None = None
     host_pool_bytes: int | None = None
+    reserve_bytes: int = 0
     gateway_flags: tuple[str, ...] = ()
     fresh: bool = False
     tls: bool = False
@@ -113,12 +115,13 @@ def agent_flags(layout: ClusterLayout, node: NodeLayout) -> tuple[str, ...]:
         ),
         *("--token-file", str(layout.state.token_file), "--log-format", "text"),
     )
-    rates = {
+    numbers = {
         "--egress-bytes-per-s": layout.settings.link_bytes_per_s,
         "--disk-bytes-per-s": layout.settings.disk_bytes_per_s,
+        "--reserve-bytes": layout.settings.reserve_bytes,
     }
-    limits = (part for flag, rate in rates.items() if rate for part in (flag, str(rate)))
-    return (*flags, *limits)
+    given = (part for flag, number in numbers.items() if number for part in (flag, str(number)))
+    return (*flags, *given)
 
 
 def operator_flags(layout: ClusterLayout) -> tuple[str, ...]:

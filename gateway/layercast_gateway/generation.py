@@ -8,7 +8,8 @@ the moment it appears, however slowly the client reads.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import msgspec
@@ -21,6 +22,10 @@ from layercast_gateway.tokenizer import ModelText
 
 CONTEXT_TOKENS = 8
 """Last tokens of a prompt that decide how the text behind it is written (a leading space)."""
+
+PACE_S = 0.004
+"""Least time between two writes to one client. Each is a call of the kernel, a third of what a token costs; nobody
+reads 250 times a second, and a token that comes later than so after the one before does not wait at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,10 +67,23 @@ class Piece(msgspec.Struct, frozen=True, kw_only=True):
 class Pieces:
     """What the choices of one request have to say, in the order of arrival, until it is taken; bounded."""
 
-    def __init__(self, most: int, *, wake_early: bool = True) -> None:
-        """Whoever takes is woken by every piece, or with `wake_early` false by the last one of a choice only."""
+    def __init__(
+        self,
+        most: int,
+        *,
+        wake_early: bool = True,
+        pace_s: float = 0.0,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Whoever takes is woken by every piece, or with `wake_early` false by the last one of a choice only.
+
+        Two takes are at least `pace_s` apart, so what comes faster is taken together.
+        """
         self._most = most
         self._wake_early = wake_early
+        self._pace_s = pace_s
+        self._clock = clock
+        self._taken_at = -pace_s
         self._pieces: list[Piece] = []
         self._ready = False
         self._woken: asyncio.Future[None] | None = None
@@ -87,6 +105,11 @@ class Pieces:
         if not self._ready:
             self._woken = asyncio.get_running_loop().create_future()
             await self._woken
+        if self._pace_s:
+            early_s = self._taken_at + self._pace_s - self._clock()
+            if early_s > 0:
+                await asyncio.sleep(early_s)
+            self._taken_at = self._clock()
         taken, self._pieces, self._ready = self._pieces, [], False
         return taken
 

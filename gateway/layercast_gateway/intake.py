@@ -14,7 +14,7 @@ from layercast.engine.v1alpha1 import engine_pb2
 from layercast_gateway import answers
 from layercast_gateway.dispatcher import Dispatcher
 from layercast_gateway.errors import ClientError, ContextLengthError
-from layercast_gateway.generation import Choice, Pieces, pieces_max
+from layercast_gateway.generation import PACE_S, Choice, Pieces, pieces_max
 from layercast_gateway.openai import ApiKind, GenerationRequest
 from layercast_gateway.replay import Work
 from layercast_gateway.settings import Settings
@@ -64,7 +64,7 @@ async def begin(
         context = dispatcher.route(wanted.model).context_length_max or text.context_length_max
         limits = [_max_tokens(wanted, prompt, context) for prompt in prompts]
         most = sum(pieces_max(choices=wanted.choices, max_tokens=limit) for limit in limits)
-        pieces = Pieces(most, wake_early=wanted.stream)
+        pieces = Pieces(most, wake_early=wanted.stream, pace_s=PACE_S if wanted.stream else 0.0)
         _check_ids(wanted, text)
         seed = secrets.randbits(63) if wanted.sampling.seed is None else wanted.sampling.seed
         choices, request_ids, echoes = [], [], []

@@ -86,3 +86,21 @@ async def test_one_who_stopped_waiting_is_not_woken() -> None:
     await asyncio.gather(waiting, return_exceptions=True)
     pieces.put(Piece(index=0, text="a"))
     assert [piece.text for piece in await pieces.take()] == ["a"]
+
+
+async def test_what_comes_faster_than_the_pace_is_taken_together() -> None:
+    now = 100.0
+    pieces = Pieces(9, pace_s=60.0, clock=lambda: now)
+    pieces.put(Piece(index=0, text="a"))
+    async with asyncio.timeout(10):
+        assert [piece.text for piece in await pieces.take()] == ["a"], "nobody waits for the first"
+        now += 59.95
+        pieces.put(Piece(index=0, text="b"))
+        taken = asyncio.create_task(pieces.take())
+        await asyncio.sleep(0)
+        assert not taken.done()
+        pieces.put(Piece(index=0, text="c"))
+        assert [piece.text for piece in await taken] == ["b", "c"]
+        now += 60.0
+        pieces.put(Piece(index=0, text="d"))
+        assert [piece.text for piece in await pieces.take()] == ["d"], "who comes slowly does not wait"
