@@ -20,6 +20,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -317,15 +318,19 @@ def main() -> int:
     )
     flags = parser.parse_args()
     flags.out.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=flags.out) as scratch:
+    loads = []
+    # Nodes unpack one image while the next one is packed.
+    with tempfile.TemporaryDirectory(dir=flags.out) as scratch, ThreadPoolExecutor(1) as loading:
         python = python_layer(Path(scratch, "python.tar"))
         for component in flags.components:
             name = f"{flags.prefix}/layercast-{component}:{flags.tag}"
             archive = build(component, python=python, out=flags.out, name=name)
             sys.stdout.write(f"{name}  {archive}  {archive.stat().st_size / 1e6:.0f} MB\n")
             if flags.loader:
-                load = [*shlex.split(flags.loader), str(archive)]
-                subprocess.run(load, check=True, stdout=subprocess.DEVNULL)
+                command = [*shlex.split(flags.loader), str(archive)]
+                loads.append(loading.submit(subprocess.run, command, check=True, stdout=subprocess.DEVNULL))
+    for each in loads:
+        each.result()
     return 0
 
 
