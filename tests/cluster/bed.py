@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
-import urllib3
-from kubernetes import client, config
+from tests.cluster.api import Api
 from tests.cluster.scraping import Prometheus, prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +30,7 @@ CHART = ROOT / "charts" / "layercast"
 NAMESPACE, RELEASE, SERVICE = "layercast-test", "lc", "smollm2"
 HUB_MODEL = "models--HuggingFaceTB--SmolLM2-135M-Instruct"
 LOOK_S = 0.25
+OURS = "apis/layercast.dev/v1alpha1"
 
 PROMPTS = (
     "The capital of France is",
@@ -82,7 +82,7 @@ class Bed:
         self.key = "none"
         self.flags: tuple[str, ...] = ()  # of every installation from now on
         self._notes: list[str] = []
-        self._open: Any = None
+        self._api = Api(NAMESPACE)
 
     def kubectl(self, *arguments: str, given: str | None = None, deadline_s: float = 120) -> str:
         """What kubectl says in the test's namespace."""
@@ -139,28 +139,10 @@ class Bed:
 
     def edit(self, spec: Mapping[str, Any]) -> float:
         """As `patch`, over a connection that is open already; when the API server was asked, in unix seconds."""
-        self.read("apis/layercast.dev/v1alpha1", "modelservices", SERVICE)
-        where = ("layercast.dev", "v1alpha1", NAMESPACE, "modelservices", SERVICE)
+        self.status()
         asked_at = time.time()
-        client.CustomObjectsApi(self._open).patch_namespaced_custom_object(*where, {"spec": spec})
+        self._api.patch(OURS, "modelservices", SERVICE, {"spec": spec})
         return asked_at
-
-    def read(self, group: str, plural: str, name: str = "", **query: str) -> Any:
-        """As `get`, over a connection that is open already: kubectl costs a tenth of a second, and tests look often."""
-        if self._open is None:
-            self._open = config.new_client_from_config()
-        path = f"/{group}/namespaces/{NAMESPACE}/{plural}/{name}".rstrip("/")
-        asked = self._open.param_serialize(
-            "GET", path, query_params=list(query.items()), auth_settings=["BearerToken"]
-        )
-        try:
-            answer = self._open.call_api(*asked, _request_timeout=30)
-            answer.read()
-        except urllib3.exceptions.HTTPError as error:
-            raise OSError(str(error)) from error
-        if answer.status != 200:
-            raise OSError(f"{path}: {answer.status} {answer.reason}")
-        return json.loads(answer.data)
 
     def first_command_at(self, after: float) -> float:
         """When the operator first commanded an agent after a time, by its log; unix seconds."""
@@ -179,7 +161,7 @@ class Bed:
 
     def status(self, name: str = SERVICE) -> dict[str, Any]:
         """Status of a ModelService, empty before it has one."""
-        return dict(self.read("apis/layercast.dev/v1alpha1", "modelservices", name).get("status") or {})
+        return dict(self._api.get(OURS, "modelservices", name).get("status") or {})
 
     def settled(self, replicas: int) -> bool:
         """Whether so many serve, and there is no other."""
@@ -197,7 +179,7 @@ class Bed:
         """Our pods, of one component or all."""
         labels = "app.kubernetes.io/name=layercast"
         labels += f",app.kubernetes.io/component={component}" if component else ""
-        return list(self.read("api/v1", "pods", labelSelector=labels)["items"])
+        return list(self._api.get("api/v1", "pods", labelSelector=labels)["items"])
 
     def pod_names(self, component: str) -> set[str]:
         """Pods of a component, those that end included."""
@@ -221,7 +203,7 @@ class Bed:
 
     def leader(self) -> str:
         """The pod of the operator that holds the Lease; empty when none does."""
-        lease = self.read("apis/coordination.k8s.io/v1", "leases", f"{RELEASE}-layercast-operator")
+        lease = self._api.get("apis/coordination.k8s.io/v1", "leases", f"{RELEASE}-layercast-operator")
         return str(lease["spec"].get("holderIdentity") or "")
 
     def note(self, what: str, seconds: float) -> None:
