@@ -63,6 +63,7 @@ class Plan:
     seconds: float
     mean: float
     step_tokens: int
+    scale_down_s: float
     repeats: int
     seed: int
     lengths: Lengths
@@ -205,6 +206,7 @@ def run(plan: Plan) -> dict[str, object]:
         tokens=plan.lengths.output_tokens,
         tokens_max=plan.lengths.output_tokens if plan.trace == "step" else plan.lengths.output_tokens_max,
         context_length=CONTEXT_TOKENS,
+        scale_down_s=plan.scale_down_s,
         step_tokens=plan.step_tokens,
     )
     print("  calibration: one replica at rest", file=sys.stderr, flush=True)
@@ -309,6 +311,12 @@ def parse(argv: Sequence[str] | None = None) -> Plan:
         type=int,
         default=0,
         help="most tokens of one step; 0 is the device's own (%(default)s)",
+    )
+    add(
+        "--scale-down-s",
+        type=float,
+        default=30.0,
+        help="how long demand is low before a replica goes (%(default)s)",
     )
     add("--repeats", type=int, default=1)
     add("--seed", type=int, default=1)

@@ -55,6 +55,8 @@ class Setting:
     """Of an answer, median."""
     tokens_max: int
     context_length: int
+    scale_down_s: float = 30.0
+    """How long demand must be low before a replica goes."""
     step_tokens: int = 0
     """Most tokens of one step; 0 is the device's own."""
     link_bytes_per_s: int = 0
@@ -107,7 +109,7 @@ def service(setting: Setting, *, policy: str, replicas: int, highest: int) -> di
                 "kvUtilization": {"low": 0.75, "high": 0.95},
                 "prefillTokensPerSecond": 0,
             },
-            "windows": {"scaleDownSeconds": 30},
+            "windows": {"scaleDownSeconds": setting.scale_down_s},
         },
         # A few prompts come again and again: known beginnings would make most of the work vanish.
         "serving": {

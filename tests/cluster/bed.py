@@ -22,15 +22,14 @@ from pathlib import Path
 from typing import Any
 
 import openai
-from tests.cluster.api import Api
+from kubernetes import client, config
 from tests.cluster.scraping import Prometheus, prometheus
 
 ROOT = Path(__file__).resolve().parents[2]
 CHART = ROOT / "charts" / "layercast"
 NAMESPACE, RELEASE, SERVICE = "layercast-test", "lc", "smollm2"
 HUB_MODEL = "models--HuggingFaceTB--SmolLM2-135M-Instruct"
-LOOK_S = 0.25
-OURS = "apis/layercast.dev/v1alpha1"
+LOOK_S = 0.5
 
 PROMPTS = (
     "The capital of France is",
@@ -82,7 +81,7 @@ class Bed:
         self.key = "none"
         self.flags: tuple[str, ...] = ()  # of every installation from now on
         self._notes: list[str] = []
-        self._api = Api(NAMESPACE)
+        self._api: Any = None
 
     def kubectl(self, *arguments: str, given: str | None = None, deadline_s: float = 120) -> str:
         """What kubectl says in the test's namespace."""
@@ -139,9 +138,12 @@ class Bed:
 
     def edit(self, spec: Mapping[str, Any]) -> float:
         """As `patch`, over a connection that is open already; when the API server was asked, in unix seconds."""
-        self.status()
+        if self._api is None:
+            self._api = client.CustomObjectsApi(config.new_client_from_config())
+        where = ("layercast.dev", "v1alpha1", NAMESPACE, "modelservices", SERVICE)
+        self._api.get_namespaced_custom_object(*where)
         asked_at = time.time()
-        self._api.patch(OURS, "modelservices", SERVICE, {"spec": spec})
+        self._api.patch_namespaced_custom_object(*where, {"spec": spec})
         return asked_at
 
     def first_command_at(self, after: float) -> float:
@@ -161,7 +163,7 @@ class Bed:
 
     def status(self, name: str = SERVICE) -> dict[str, Any]:
         """Status of a ModelService, empty before it has one."""
-        return dict(self._api.get(OURS, "modelservices", name).get("status") or {})
+        return dict(self.get("modelservice", name).get("status") or {})
 
     def settled(self, replicas: int) -> bool:
         """Whether so many serve, and there is no other."""
@@ -179,7 +181,7 @@ class Bed:
         """Our pods, of one component or all."""
         labels = "app.kubernetes.io/name=layercast"
         labels += f",app.kubernetes.io/component={component}" if component else ""
-        return list(self._api.get("api/v1", "pods", labelSelector=labels)["items"])
+        return list(self.get("pods", "-l", labels)["items"])
 
     def pod_names(self, component: str) -> set[str]:
         """Pods of a component, those that end included."""
@@ -203,8 +205,7 @@ class Bed:
 
     def leader(self) -> str:
         """The pod of the operator that holds the Lease; empty when none does."""
-        lease = self._api.get("apis/coordination.k8s.io/v1", "leases", f"{RELEASE}-layercast-operator")
-        return str(lease["spec"].get("holderIdentity") or "")
+        return str(self.get("lease", f"{RELEASE}-layercast-operator")["spec"].get("holderIdentity") or "")
 
     def note(self, what: str, seconds: float) -> None:
         """A time to be told at the end of the run."""
