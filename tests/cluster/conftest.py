@@ -25,6 +25,11 @@ SAMPLE = ROOT / "manifests" / "samples" / "minimal.yaml"
 EXACT: dict[str, Any] = {"replicas": 1, "model": {"dtype": "float32"}, "serving": {"contextLength": 512}}
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with an operator of their own come first: the installed one looks at all namespaces, and would act too."""
+    items.sort(key=lambda item: "bed" in getattr(item, "fixturenames", ()))
+
+
 def _chart() -> Any:
     spec = importlib.util.spec_from_file_location("layercast_tools_chart", ROOT / "tools" / "chart.py")
     assert spec is not None and spec.loader is not None

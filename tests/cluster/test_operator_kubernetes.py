@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,7 @@ from layercast_operator.crd import crd
 from layercast_operator.errors import KubernetesError
 
 CRDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
-pytestmark = [
-    pytest.mark.processes,
-    # Watches that are cut in the middle leave sockets, which are collected during whichever test runs then.
-    pytest.mark.filterwarnings("ignore:unclosed <socket:ResourceWarning"),
-    pytest.mark.filterwarnings("ignore:unclosed transport:ResourceWarning"),
-]
+pytestmark = pytest.mark.processes
 
 
 def _world() -> Any:
@@ -40,31 +35,46 @@ def _world() -> Any:
     return module
 
 
-@pytest.fixture(scope="session", autouse=True)
-def definition() -> None:
-    """The CRD is there, as it is in this tree."""
+@pytest.fixture(scope="module", autouse=True)
+def definition() -> Iterator[None]:
+    """The CRD is there, as it is in this tree; one that was made for this goes, so that the chart brings its own."""
+    path = f"{CRDS}/modelservices.layercast.dev"
 
-    async def put() -> None:
+    async def put(api: KubeApi) -> bool:
+        made = True
+        try:
+            await api.call("POST", CRDS, body=crd())
+        except KubernetesError as error:
+            if error.code != 409:
+                raise
+            # Not applied: an API server without CEL refuses to apply what it stores without a word.
+            await api.call("PATCH", path, body=crd(), content_type=MERGE)
+            made = False
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(KubernetesError):
+                    await api.call("GET", "/apis/layercast.dev/v1alpha1/modelservices")
+                    return made
+                await asyncio.sleep(0.1)
+
+    async def remove(api: KubeApi) -> None:
+        await api.call("DELETE", path)
+        async with asyncio.timeout(20):
+            with contextlib.suppress(KubernetesError):
+                while await api.call("GET", path):
+                    await asyncio.sleep(0.1)
+
+    async def with_api(job: Callable[[KubeApi], Awaitable[Any]]) -> Any:
         api = KubeApi(log_in())
         try:
-            try:
-                await api.call("POST", CRDS, body=crd())
-            except KubernetesError as error:
-                if error.code != 409:
-                    raise
-                # Not applied: an API server without CEL refuses to apply what it stores without a word.
-                path = f"{CRDS}/modelservices.layercast.dev"
-                await api.call("PATCH", path, body=crd(), content_type=MERGE)
-            async with asyncio.timeout(20):
-                while True:
-                    with contextlib.suppress(KubernetesError):
-                        await api.call("GET", "/apis/layercast.dev/v1alpha1/modelservices")
-                        return
-                    await asyncio.sleep(0.1)
+            return await job(api)
         finally:
             await api.close()
 
-    asyncio.run(put())
+    made = asyncio.run(with_api(put))
+    yield
+    if made:
+        asyncio.run(with_api(remove))
 
 
 @pytest.fixture

@@ -82,8 +82,9 @@ class KubeApi:
 
     async def close(self) -> None:
         """Close the connections; calls that are still to come fail."""
-        self._closed = True
-        opened, self._client = self._client, None
+        async with self._opening:
+            self._closed = True
+            opened, self._client = self._client, None
         if opened is not None:
             await opened.close()
 

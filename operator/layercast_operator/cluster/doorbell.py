@@ -22,6 +22,9 @@ _LOG = logging.getLogger(__name__)
 
 AGAIN_AFTER_S = 1.0
 END_DEADLINE_S = 3.0
+# A watch over TLS that is closed says goodbye and waits for the answer, which nobody can be asked about: aiohttp's
+# own documentation tells to leave the loop so long.
+GOODBYE_S = 0.25
 WATCH_S = 240
 
 Ring = Callable[[str, str, Mapping[str, Any]], None]
@@ -92,6 +95,7 @@ class Doorbell:
             namespaces=self._namespaces,
             stop_flag=self._stop,
         )
+        await asyncio.sleep(GOODBYE_S)
 
     def _registry(self) -> kopf.OperatorRegistry:
         registry = kopf.OperatorRegistry()
