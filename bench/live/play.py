@@ -55,7 +55,7 @@ class Setting:
     """Of an answer, median."""
     tokens_max: int
     context_length: int
-    scale_down_s: float = 30.0
+    scale_down_s: float
     """How long demand must be low before a replica goes."""
     step_tokens: int = 0
     """Most tokens of one step; 0 is the device's own."""

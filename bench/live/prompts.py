@@ -1,4 +1,4 @@
-"""Prompts of known lengths, so that an arrival's tokens are what the engine really gets.
+"""Prompts of known lengths: an arrival's tokens are those of its text, and the chat template adds the same to each.
 
 There are few different prompts of each length: each has one right answer, made by one replica at rest, with which
 every later answer is compared.

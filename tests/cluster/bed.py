@@ -183,9 +183,16 @@ class Bed:
         labels += f",app.kubernetes.io/component={component}" if component else ""
         return list(self.get("pods", "-l", labels)["items"])
 
-    def pod_names(self, component: str) -> set[str]:
-        """Pods of a component, those that end included."""
-        return {str(pod["metadata"]["name"]) for pod in self.pods(component)}
+    def running_pods(self, component: str) -> set[str]:
+        """Pods of a component whose programs have not ended: a kubelet removes the object when it has cleaned up."""
+        return {
+            str(pod["metadata"]["name"])
+            for pod in self.pods(component)
+            if not all(
+                "terminated" in each["state"]
+                for each in pod["status"].get("containerStatuses", [{"state": {}}])
+            )
+        }
 
     def ready_pods(self, component: str) -> set[str]:
         """Pods of a component that are ready and do not end."""

@@ -57,7 +57,7 @@ def test_a_gateway_pod_is_deleted(served: Bed, right: Right, at: Callable[[int],
             lambda: len(served.ready_pods("gateway") - {pods[0]}) == len(pods), "another one is ready"
         )
         served.note("as many ready gateways again after one was deleted", time.monotonic() - began)
-        served.wait(lambda: pods[0] not in served.pod_names("gateway"), "it has ended")
+        served.wait(lambda: pods[0] not in served.running_pods("gateway"), "it has ended")
         served.note("a deleted gateway has drained and ended", time.monotonic() - began)
         count = len(traffic.answers)
         served.wait(lambda: len(traffic.answers) >= count + 3, "requests go on")
@@ -80,7 +80,7 @@ def test_an_agent_pod_is_deleted_and_hands_its_replica_over(
             "the replica is elsewhere",
         )
         served.note("the replica of an agent that ends serves elsewhere", time.monotonic() - began)
-        served.wait(lambda: pod not in served.pod_names("agent"), "the pod has ended")
+        served.wait(lambda: pod not in served.running_pods("agent"), "the pod has ended")
         served.note("the agent's pod has ended", time.monotonic() - began)
         count = len(traffic.answers)
         served.wait(lambda: len(traffic.answers) >= count + 3, "requests go on")

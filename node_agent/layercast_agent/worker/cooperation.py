@@ -304,10 +304,10 @@ class Cooperation:
         if not reachable:
             await self._release(link, seq, taken=False)
             return False
-        if not self._desk.make_way(seq):  # its gateway has begun anew here: the giver forgets it
+        if not self._desk.own(seq, layers_done=handoff.layers_done):
+            # Its gateway has begun anew here: the giver forgets it.
             await self._release(link, seq, taken=True)
             return True
-        self._desk.own(seq, layers_done=handoff.layers_done)
         self._count_taken(seq.prefix_length)
         admission = self._spawn(self._admit(link, seq, layers_done=handoff.layers_done, state=state))
         link.admitting.add(admission)

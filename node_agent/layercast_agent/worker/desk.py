@@ -108,20 +108,23 @@ class RequestDesk:
         self.cancel(mine.request_id, mine.attempt)
         return True
 
-    def own(self, seq: Sequence, *, layers_done: int, moved: bool = False) -> None:
+    def own(self, seq: Sequence, *, layers_done: int, moved: bool = False) -> bool:
         """The request is about to enter the engine; its gateway hears of it with `announce`.
 
-        `moved`: it ran elsewhere, and its gateway is told all its tokens again.
+        `moved`: it ran elsewhere, and its gateway is told all its tokens again. False: see `make_way`.
         """
+        if not self.make_way(seq):
+            return False
         self.owned[seq.request_id] = seq
         if moved:
             self._moved_here.add(seq.request_id)
         self._unannounced[seq.request_id] = layers_done
         self.on_own(seq)
+        return True
 
     def announce(self, seq: Sequence) -> None:
         """Tells the gateway who owns the request; once, and always before its first token."""
-        layers_done = self._unannounced.pop(seq.request_id, None)
+        layers_done = self._unannounced.pop(seq.request_id, None) if self.holds(seq) else None
         if layers_done is not None:
             events = [wire.accepted(seq, replica_id=self.replica_id, layers_done=layers_done)]
             # The tokens of whoever had it before come on another stream, maybe later than the next one from here.

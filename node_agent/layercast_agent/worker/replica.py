@@ -220,9 +220,8 @@ class Replica:
         return answer
 
     async def _accept(self, handoff: peer_pb2.Handoff, *, giver: peer_pb2.Peer) -> bool:
+        """Whether its giver may forget it: it is here, or a newer attempt of it is."""
         seq = wire.sequence_of(handoff.request)
-        if not self.desk.make_way(seq):
-            return True
         if not self.desk.can_reach(seq.gateway_id):
             return False
         try:
@@ -236,17 +235,15 @@ class Replica:
 
     async def _import(self, seq: Sequence, handoff: peer_pb2.Handoff, giver: peer_pb2.Peer) -> None:
         if handoff.session:
-            if not self.desk.make_way(seq):
+            if not self.desk.own(seq, layers_done=0, moved=True):
                 return
-            self.desk.own(seq, layers_done=0, moved=True)
             held = await self.desk.ask(lambda engine: engine.moves.settle(seq, handoff.session))
             self.stages.settled(handoff.session)
             log.info("a request moved here", extra={"request": seq.request_id, "positions_held": held})
             return
         state = await fetch_state(handoff, giver=giver, token=self._host.settings.token, tls=self._host.tls)
-        if not self.desk.make_way(seq):
+        if not self.desk.own(seq, layers_done=handoff.layers_done):
             return
-        self.desk.own(seq, layers_done=handoff.layers_done)
         await self.desk.ask(lambda engine: admit(engine, seq, layers_done=handoff.layers_done, state=state))
 
     async def give(self, request: peer_pb2.TakeHandoffRequest) -> peer_pb2.TakeHandoffResponse:
