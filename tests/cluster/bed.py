@@ -94,25 +94,10 @@ class Bed:
 
     def install(self, *flags: str, chart: Path = CHART) -> None:
         """Install or upgrade the release and wait until everything is ready."""
-        values = [
-            "-f",
-            str(Path(__file__).with_name("values.yaml")),
-            "--set",
-            f"agent.huggingFace.cacheHostPath={hub()}",
-        ]
-        self.helm(
-            *(
-                "upgrade",
-                "--install",
-                RELEASE,
-                str(chart),
-                "--create-namespace",
-                *values,
-                *self.flags,
-                *flags,
-            ),
-            *("--wait", "--timeout", "280s"),
-        )
+        command = ["upgrade", "--install", RELEASE, str(chart), "--create-namespace"]
+        values = ["-f", str(Path(__file__).with_name("values.yaml"))]
+        values += ["--set", f"agent.huggingFace.cacheHostPath={hub()}"]
+        self.helm(*command, *values, *self.flags, *flags, "--wait", "--timeout", "280s")
         self.key = self.secret(f"{RELEASE}-layercast-api-keys")["key"].decode()
 
     def is_installed(self) -> bool:
@@ -188,9 +173,9 @@ class Bed:
         return {
             str(pod["metadata"]["name"])
             for pod in self.pods(component)
-            if not all(
-                "terminated" in each["state"]
-                for each in pod["status"].get("containerStatuses", [{"state": {}}])
+            if any(
+                "terminated" not in c["state"]
+                for c in pod["status"].get("containerStatuses", [{"state": {}}])
             )
         }
 
