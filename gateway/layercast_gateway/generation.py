@@ -23,9 +23,9 @@ from layercast_gateway.tokenizer import ModelText
 CONTEXT_TOKENS = 8
 """Last tokens of a prompt that decide how the text behind it is written (a leading space)."""
 
-PACE_S = 0.004
+PACE_S = 0.008
 """Least time between two writes to one client. Each is a call of the kernel, a third of what a token costs; nobody
-reads 250 times a second, and a token that comes later than so after the one before does not wait at all."""
+reads 125 times a second, and a token that comes later than so after the one before does not wait at all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
