@@ -222,6 +222,8 @@ class Replica:
     async def _accept(self, handoff: peer_pb2.Handoff, *, giver: peer_pb2.Peer) -> bool:
         """Whether its giver may forget it: it is here, or a newer attempt of it is."""
         seq = wire.sequence_of(handoff.request)
+        if not self.desk.make_way(seq):
+            return True  # a repeat must not fail at fetching a state that was fetched before
         if not self.desk.can_reach(seq.gateway_id):
             return False
         try:
