@@ -16,6 +16,8 @@ import openai
 import pytest
 from tests.gateway.conftest import MODEL, World, accepted, finished, tokens, within
 
+pytestmark = pytest.mark.processes
+
 
 async def spawn(world: World, *flags: str) -> asyncio.subprocess.Process:
     command = (

@@ -20,6 +20,8 @@ PROMPTS = [
     f"{number} ships sail through the night and find {number * 7} islands, which " for number in range(8)
 ]
 MAX_TOKENS = 12
+DISK_BYTES_PER_S = 10_000_000
+"""Slower than a link: what is in memory somewhere is read from there."""
 
 
 def copies(status: ServiceStatus) -> list[str]:
@@ -39,7 +41,7 @@ async def wait(cluster: LocalCluster, **arguments: Any) -> ServiceStatus:
 async def test_a_host_copy_that_was_lost_comes_back_on_another_node(
     model_folder: Path, start_cluster: StartCluster
 ) -> None:
-    with start_cluster(service(model_folder), agents=3) as cluster:
+    with start_cluster(service(model_folder), agents=3, disk_bytes_per_s=DISK_BYTES_PER_S) as cluster:
         await asyncio.to_thread(cluster.wait_ready, MODEL, deadline_s=90)
         status = await wait(cluster, reached=is_safe, what="keep a host copy away from the replica")
         (keeper,) = copies(status)

@@ -74,7 +74,9 @@ def settings_of(name: str, *, disk_bytes_per_s: int) -> WorkerSettings:
 class Worker:
     """One worker, until it is killed."""
 
-    def __init__(self, name: str, *, egress_bytes_per_s: int = 0, disk_bytes_per_s: int = 0) -> None:
+    def __init__(
+        self, name: str, *, egress_bytes_per_s: int = 0, disk_bytes_per_s: int = 0, cpu_share: float = 1.0
+    ) -> None:
         self.name = name
         self.alive = True
         self._table = RegionTable()
@@ -93,7 +95,7 @@ class Worker:
             table=self._table,
             holdings=self._holdings,
             streams=self._streams,
-            share=ComputeShare(1.0),
+            share=ComputeShare(cpu_share),
             tls=None,
             plane=None,
             verdict=judge(look(), Rdma.OFF),

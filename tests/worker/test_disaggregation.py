@@ -21,10 +21,12 @@ pytestmark = [pytest.mark.processes, pytest.mark.timeout(180)]
 SERVING = agent_pb2.REPLICA_STATE_SERVING
 PROMPTS = [[random.Random(i).randrange(3, 500) for _ in range(9 + 22 * (i % 5))] for i in range(8)]
 TOKENS = 24
+SLOW = 0.1
+"""Of a core for who computes prompts: a request is moved before its last token, however busy the machine is."""
 
 
 async def serving_pair(start_worker: StartWorker, packed: Packed) -> tuple[WorkerProcess, WorkerProcess]:
-    workers = [await start_worker(name) for name in ("prefill", "decode")]
+    workers = [await start_worker("prefill", cpu_share=SLOW), await start_worker("decode")]
     for worker in workers:
         await worker.assign(packed)
         await worker.feed(packed)
@@ -84,7 +86,7 @@ async def test_a_role_is_told_and_costs_only_what_waits(
 @pytest.fixture
 async def pair(packed: Packed) -> AsyncIterator[tuple[Worker, Worker, Gateway]]:
     """Two complete replicas in this process, and a gateway that names the second for decoding."""
-    workers, gateway = (Worker("prefill"), Worker("decode")), Gateway()
+    workers, gateway = (Worker("prefill", cpu_share=SLOW), Worker("decode")), Gateway()
     for worker in workers:
         await worker.start(packed.manifest, packed.files)
         worker.feed(worker.from_disk(packed.folder))

@@ -6,10 +6,11 @@ then slots: the KV of some layers at some positions is one indexed read, in the 
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Sequence
 
-import numpy
 import torch
 
 from layercast_agent.engine.architectures import ModelShape
@@ -74,9 +75,13 @@ class KVCache:
 
 def _zeros(size: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """Zeros: a stale NaN could leak through a mask. On a CPU the kernel's own, which cost nothing until written:
-    torch.zeros touches every page, seconds of a scale-up for gigabytes.
+    torch.zeros touches every page, seconds of a scale-up for gigabytes. Small pages: a layer's first token would zero
+    two huge ones, and while a replica loads that took twice as long as the layer (numpy.zeros asks for huge ones).
     """
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
     nbytes = math.prod(size) * dtype.itemsize
-    return torch.from_numpy(numpy.zeros(nbytes, dtype=numpy.uint8)).view(dtype).view(size)
+    memory = mmap.mmap(-1, max(1, nbytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a kernel without huge pages
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8, count=nbytes).view(dtype).view(size)
