@@ -24,12 +24,13 @@ from typing import Any
 
 from bench.live import arrivals, figures
 from bench.live.arrivals import Lengths, Shape
-from bench.live.play import CACHING, Calibration, Played, Setting, calibrate, play
+from bench.live.play import BATCH_SIZE, CACHING, Calibration, Played, Setting, calibrate, play
 from bench.live.prompts import PromptBook, length_class
-from bench.live.summary import Figures, ratios
+from bench.live.summary import Figures, Replica, ratios
 from bench.live.summary import figures as figures_of
 
 from bench import report
+from layercast_agent.worker.loading import STEP_TOKENS_MAX
 from layercast_cli.demo import sigterm_interrupts
 from layercast_cli.errors import CliError
 from layercast_cli.model import ensure_model, float32_bytes
@@ -230,11 +231,18 @@ def run(plan: Plan) -> dict[str, object]:
         played = play_all(plan, setting, book, shape, capacity=calibration.capacity)
         runs = {name: figures_of(each, calibration, shape) for name, each in played.items()}
         print(report.table(HEADER, rows(runs)))
-        all_ratios.append(
-            ratios(runs, calibration=calibration, shape=shape, layers=speed.layers, load_s=speed.load_s)
-        )
+        all_ratios.append(ratios(runs, calibration=calibration, shape=shape, replica=_replica(plan, speed)))
         _write(plan, played, runs, all_ratios, shape)
     return _conclude(plan, all_ratios)
+
+
+def _replica(plan: Plan, speed: Rates) -> Replica:
+    return Replica(
+        layers=speed.layers,
+        load_s=speed.load_s,
+        step_tokens=plan.step_tokens or STEP_TOKENS_MAX["cpu"],
+        batch_size=BATCH_SIZE,
+    )
 
 
 def _write(

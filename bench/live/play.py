@@ -34,7 +34,7 @@ BATCH_SIZE = 16
 CAPACITY_SLOTS = 24
 """Requests at once in the closed loop that finds a replica's capacity: a full batch, and some that wait for it."""
 CAPACITY_REQUESTS = 64
-COMPUTE = 0.6
+COMPUTE = 0.45
 """The part of a small machine's cores that devices compute with. The rest moves parameters, which network cards do
 elsewhere, and serves gateway, operator and clients: a device that loads is as fast as one that does not."""
 CACHING = ("ttl-cache", "host-cache")
@@ -71,13 +71,14 @@ class Calibration:
     """One replica at rest: the right answers by prompt, and how fast it is.
 
     `ttft_s` and `tbt_s` are means of single requests; `capacity` is requests of the median length a second with a
-    full batch.
+    full batch. `template_tokens` are what the chat template adds to each prompt.
     """
 
     answers: Mapping[int, str]
     capacity: float
     ttft_s: float
     tbt_s: float
+    template_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,6 +168,7 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
             many, phase="full", concurrency=CAPACITY_SLOTS, max_tokens=setting.tokens
         )
         elapsed = time.monotonic() - began
+        template_tokens = await _prompt_tokens(session, running, book.texts[0]) - book.tokens[0]
     broken = [each for each in (*answers, *single, *full) if not each.ok]
     if broken:
         raise ClusterError(f"a request of the calibration failed: {broken[0].error}")
@@ -176,7 +178,16 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
         capacity=len(many) / elapsed,
         ttft_s=sum(each.ttft_s or 0.0 for each in single) / len(single),
         tbt_s=sum(gaps) / max(1, len(gaps)),
+        template_tokens=template_tokens,
     )
+
+
+async def _prompt_tokens(session: aiohttp.ClientSession, running: LocalCluster, text: str) -> int:
+    """Tokens that the gateway counts for a chat with that one message."""
+    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    async with session.post(f"{running.gateway_url}/v1/chat/completions", json=body) as answer:
+        answer.raise_for_status()
+        return int((await answer.json())["usage"]["prompt_tokens"])
 
 
 def play(

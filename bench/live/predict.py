@@ -1,30 +1,52 @@
 """What the scheduling model says that the same arrivals would have seen: the yardstick beside the measurement.
 
-The model is that of BlitzScale, section 5.2 (`reference` of the golden values in tests/live): a replica executes one
-layer of one request at a time, a request takes equal time in each layer, activations cost nothing. Requests arrive
-when they arrived in the run; the decision falls and layers arrive when they did. The choices are those that the
-workers make: `live.choose_quantum` and `live.choose_take`. Pure.
+The model is that of BlitzScale, section 5.2: a request takes equal time in each layer, activations cost nothing, a
+loading replica executes one layer at a time and the source takes over the earliest request whenever it is idle. Its
+figures count one request at a time; for LLMs section 5.4 weights that by what a batch was measured to take. So here: a
+complete replica runs steps, which have the decodes of its requests and prompt tokens up to the step's limit in order of
+arrival (a prompt may be cut), and a first token comes at the end of its step. With a limit of one prompt and answers of
+one token it is the paper's model (the golden values of tests/bench/test_live_model.py). Requests arrive when they
+arrived in the run; the decision falls and layers arrive when they did. The choices are those that the workers make:
+`live.choose_quantum` and `live.join_quantum`; a step takes what `live.choose_take` would. Pure.
 """
 
 from __future__ import annotations
 
-import heapq
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
-from layercast_agent.live import LiveRequest, choose_quantum, choose_take
+from layercast_agent.live import LiveRequest, choose_quantum, join_quantum
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """One request: seconds after the start, tokens of its prompt and of its answer."""
+
+    at_s: float
+    prompt_tokens: int
+    output_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Steps:
+    """What a complete replica computes at once: tokens and requests; `seconds(tokens)` is what such a step takes."""
+
+    tokens_max: int
+    requests_max: int
+    seconds: Callable[[float], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
     """One scale-up from one replica to `1 + targets`; seconds.
 
-    `service_s` is what one request costs one replica in all its layers. Layer i of a target can be executed from
-    `decided_at_s + first_layer_s + i * layer_load_s` on: along a chain they differ by a chunk only.
+    Layer i of a target can be executed from `decided_at_s + first_layer_s + i * layer_load_s` on: along a chain they
+    differ by a chunk only.
     """
 
     layers: int
-    service_s: float
+    steps: Steps
     decided_at_s: float
     first_layer_s: float
     layer_load_s: float
@@ -40,98 +62,175 @@ class World:
         return self.decided_at_s + self.first_layer_s + (self.layers - 1) * self.layer_load_s
 
 
-def stop_the_world(arrivals: Sequence[float], world: World) -> list[float]:
-    """Time to first token of each arrival when the new replicas join complete."""
-    free = [(0.0, 0), *((world.complete_at_s, 1 + target) for target in range(world.targets))]
-    heapq.heapify(free)
-    waits = []
-    for at in arrivals:
-        ready, server = heapq.heappop(free)
-        done = max(at, ready) + world.service_s
-        heapq.heappush(free, (done, server))
-        waits.append(done - at)
-    return waits
+def steps_of(
+    *,
+    tokens_max: int,
+    requests_max: int,
+    prompt_tokens: float,
+    output_tokens: float,
+    alone_s: float,
+    between_s: float,
+    capacity: float,
+) -> Steps:
+    """The time of a step by its tokens, straight between what was measured of a replica at rest.
+
+    `between_s` is a step with one token, `alone_s` one with a prompt of `prompt_tokens`, and of full ones it takes so
+    many that `capacity` requests with `output_tokens` each end in a second.
+    """
+    known = [(1.0, between_s)]
+    if prompt_tokens < tokens_max:
+        full_s = tokens_max / (prompt_tokens + output_tokens - 1) / capacity
+        known += [(prompt_tokens, alone_s), (tokens_max, max(full_s, alone_s))]
+    else:
+        known += [(tokens_max, alone_s * tokens_max / prompt_tokens)]
+
+    def seconds(tokens: float) -> float:
+        upper = next((place for place in range(1, len(known)) if tokens <= known[place][0]), len(known) - 1)
+        (x0, y0), (x1, y1) = known[upper - 1], known[upper]
+        return max(between_s, y0 + (y1 - y0) * (tokens - x0) / (x1 - x0))
+
+    return Steps(tokens_max=tokens_max, requests_max=requests_max, seconds=seconds)
 
 
-def live(arrivals: Sequence[float], world: World) -> list[float]:
+def stop_the_world(asked: Sequence[Asked], world: World) -> list[float]:
+    """Time to first token of each request when the new replicas join complete."""
+    return _Run(asked, world, live=False).run()
+
+
+def live(asked: Sequence[Asked], world: World) -> list[float]:
     """... when the new replicas execute what they have, and requests go between all of them by handoff."""
-    return _Live(arrivals, world).run()
+    return _Run(asked, world, live=True).run()
 
 
-class _Live:
-    """Loops over one queue, the source's and one for each target, from event to event."""
+@dataclass(slots=True, kw_only=True)
+class _Request:
+    """`left` of its prompt's tokens are to be computed, through the layers from `layers_done` on."""
 
-    def __init__(self, arrivals: Sequence[float], world: World) -> None:
-        self._arrivals = arrivals
+    index: int
+    asked: Asked
+    left: int
+    layers_done: int = 0
+    tokens: int = 0
+
+    @property
+    def seen(self) -> LiveRequest:
+        """What the choices see of it."""
+        return LiveRequest(
+            request_id=f"{self.index:09d}",
+            arrived_at=self.asked.at_s,
+            layers_done=self.layers_done,
+            tokens=self.asked.prompt_tokens,
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class _Replica:
+    """Busy until `free_s` with a step of `running` requests, or with one layer of the requests in `quantum`."""
+
+    complete_at_s: float
+    free_s: float = 0.0
+    busy: bool = False
+    running: list[_Request] = field(default_factory=list)
+    computed: list[tuple[_Request, int]] = field(default_factory=list)
+    quantum: list[_Request] = field(default_factory=list)
+
+
+class _Run:
+    """From event to event over one queue, which all replicas share."""
+
+    def __init__(self, asked: Sequence[Asked], world: World, *, live: bool) -> None:
+        self._asked = sorted(asked, key=lambda each: each.at_s)
         self._world = world
-        self._layer_s = world.service_s / world.layers
-        self._queue: list[LiveRequest] = []
-        self._done: dict[int, float] = {}
+        self._live = live
+        self._queue: list[_Request] = []
+        self._first: dict[int, float] = {}
         self._next = 0
-        self._source_free = 0.0
-        self._target_free = [0.0] * world.targets
-        self._running: list[LiveRequest | None] = [None] * world.targets
+        new = (_Replica(complete_at_s=world.complete_at_s) for _ in range(world.targets))
+        self._replicas = [_Replica(complete_at_s=-math.inf), *new]
 
     def run(self) -> list[float]:
         now = 0.0
-        while len(self._done) < len(self._arrivals):
+        while len(self._first) < len(self._asked):
             self._arrive(now)
-            for target in range(self._world.targets):
-                self._end_quantum(target, now)
-            self._source_takes(now)
-            for target in range(self._world.targets):
-                self._target_runs(target, now)
+            for replica in self._replicas:
+                if replica.busy and replica.free_s <= now:
+                    self._end(replica, now)
+            for replica in self._replicas:  # the source first, as in the paper's example
+                if not replica.busy:
+                    self._begin(replica, now)
             now = self._after(now)
-        return [self._done[index] - at for index, at in enumerate(self._arrivals)]
+        return [self._first[index] - each.at_s for index, each in enumerate(self._asked)]
 
     def _arrive(self, now: float) -> None:
-        while self._next < len(self._arrivals) and self._arrivals[self._next] <= now:
-            at = self._arrivals[self._next]
-            self._queue.append(LiveRequest(request_id=f"{self._next:09d}", arrived_at=at, layers_done=0))
+        while self._next < len(self._asked) and self._asked[self._next].at_s <= now:
+            asked = self._asked[self._next]
+            self._queue.append(_Request(index=self._next, asked=asked, left=asked.prompt_tokens))
             self._next += 1
 
-    def _end_quantum(self, target: int, now: float) -> None:
-        running = self._running[target]
-        if running is None or self._target_free[target] > now:
-            return
-        self._running[target] = None
-        ended = replace(running, layers_done=running.layers_done + 1)
-        if ended.layers_done == self._world.layers:
-            self._done[int(ended.request_id)] = now
-        else:
-            self._queue.append(ended)
+    def _begin(self, replica: _Replica, now: float) -> None:
+        if replica.complete_at_s <= now:
+            self._begin_step(replica, now)
+        elif self._live and now >= self._world.decided_at_s:
+            self._begin_quantum(replica, now)
 
-    def _source_takes(self, now: float) -> None:
-        if self._source_free > now:
-            return
-        taken = choose_take(self._queue, giver_complete=False)
-        if taken is None:
-            return
-        self._queue.remove(taken)
-        self._source_free = now + (self._world.layers - taken.layers_done) * self._layer_s
-        self._done[int(taken.request_id)] = self._source_free
+    def _begin_step(self, replica: _Replica, now: float) -> None:
+        world, steps = self._world, self._world.steps
+        decodes = sum(1 for each in replica.running if not each.left)
+        budget, work = steps.tokens_max - decodes, float(decodes)
+        while len(replica.running) < steps.requests_max and self._queue:
+            if sum(each.left for each in replica.running) >= budget:
+                break
+            earliest = min(self._queue, key=lambda each: each.index)
+            self._queue.remove(earliest)
+            replica.running.append(earliest)
+        for request in sorted(replica.running, key=lambda each: each.index):
+            count = min(request.left, budget)
+            if count:
+                budget -= count
+                # All layers done: only the head is missing, for the last token.
+                work += max(1.0, count * (1 - request.layers_done / world.layers))
+                replica.computed.append((request, count))
+        if replica.running:
+            replica.busy, replica.free_s = True, now + steps.seconds(work)
 
-    def _target_runs(self, target: int, now: float) -> None:
-        if self._running[target] is not None:
+    def _begin_quantum(self, replica: _Replica, now: float) -> None:
+        world, queue = self._world, {each.seen: each for each in self._queue}
+        chosen = choose_quantum(queue, layers=world.layers, resident=lambda layer: world.resident(layer, now))
+        if chosen is None:
             return
-        world = self._world
-        chosen = choose_quantum(
-            self._queue, layers=world.layers, resident=lambda layer: world.resident(layer, now)
-        )
-        if chosen is not None:
-            self._queue.remove(chosen)
-            self._running[target], self._target_free[target] = chosen, now + self._layer_s
+        joined = join_quantum(chosen, queue, tokens_max=world.steps.tokens_max // 4)
+        replica.quantum = [queue[each] for each in joined]
+        for request in replica.quantum:
+            self._queue.remove(request)
+        tokens = sum(each.asked.prompt_tokens for each in replica.quantum)
+        replica.busy, replica.free_s = True, now + world.steps.seconds(tokens) / world.layers
+
+    def _end(self, replica: _Replica, now: float) -> None:
+        replica.busy = False
+        for request in replica.quantum:
+            request.layers_done += 1
+        self._queue += replica.quantum
+        replica.quantum = []
+        for request in replica.running:
+            request.tokens += not request.left
+        for request, count in replica.computed:
+            request.left -= count
+            if not request.left:
+                request.tokens = 1
+                self._first[request.index] = now
+        replica.computed = []
+        replica.running = [each for each in replica.running if each.tokens < each.asked.output_tokens]
 
     def _after(self, now: float) -> float:
         """The next moment at which anything can change."""
-        times = [self._source_free]
-        times += [free for free, run in zip(self._target_free, self._running, strict=True) if run is not None]
-        if self._next < len(self._arrivals):
-            times.append(self._arrivals[self._next])
         world = self._world
+        times = [replica.free_s for replica in self._replicas if replica.busy]
+        times += [replica.complete_at_s for replica in self._replicas]
+        if self._next < len(self._asked):
+            times.append(self._asked[self._next].at_s)
         first = world.decided_at_s + world.first_layer_s
         passed = max(0, int((now - first) / world.layer_load_s) + 1) if now >= first else 0
         if passed < world.layers:
             times.append(first + passed * world.layer_load_s)
         later = [each for each in times if each > now]
-        return min(later) if later else now + self._layer_s
+        return min(later) if later else math.nextafter(now, math.inf)

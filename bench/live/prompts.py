@@ -31,10 +31,13 @@ class PromptBook:
         chance = random.Random(seed)
         self._place: dict[tuple[int, int], int] = {}
         self.texts: list[str] = []
+        self.tokens: list[int] = []
+        """Of each text."""
         for size in sorted({length_class(each) for each in lengths}):
             for variant in range(VARIANTS):
                 self._place[size, variant] = len(self.texts)
                 self.texts.append(_text(tokenizer, chance.sample(words, len(words)), size))
+                self.tokens.append(len(tokenizer.encode(self.texts[-1], add_special_tokens=False).ids))
 
     def pick(self, prompt_tokens: int, turn: int) -> int:
         """Index of the text for the `turn`-th request of that length."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from statistics import median
 
 from bench.live import predict
 from bench.live.arrivals import Shape
 from bench.live.play import Calibration, Played
+from bench.live.prompts import length_class
 
 from layercast_cli.records import RequestRecord
 from layercast_cli.summary import percentile
@@ -86,8 +88,18 @@ def replica_seconds(played: Played, shape: Shape) -> float:
     return total
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Replica:
+    """What the scheduling model has to know of one, beside its calibration: seconds of a load from a peer."""
+
+    layers: int
+    load_s: float
+    step_tokens: int
+    batch_size: int
+
+
 def ratios(
-    runs: Mapping[str, Figures], *, calibration: Calibration, shape: Shape, layers: int, load_s: float
+    runs: Mapping[str, Figures], *, calibration: Calibration, shape: Shape, replica: Replica
 ) -> dict[str, float | int | None]:
     """The ratios that the project claims; None where a policy was not played."""
 
@@ -99,9 +111,7 @@ def ratios(
     live, static = runs.get("live"), runs.get("static")
     return {
         "ttft_p99_live_over_stop_the_world": over(lambda run: run.ttft[2], "stop-the-world"),
-        "model_ratio": _predicted(
-            live, runs.get("stop-the-world"), calibration, shape, layers=layers, load_s=load_s
-        ),
+        "model_ratio": _predicted(live, runs.get("stop-the-world"), calibration, shape, replica),
         "ttft_p99_live_over_ttl_cache": over(lambda run: run.ttft[2], "ttl-cache"),
         # What the multicast alone brings, before anything is executed early.
         "ttft_p99_stop_the_world_over_network": over(lambda run: run.ttft[2], "network", of="stop-the-world"),
@@ -118,25 +128,39 @@ def _predicted(
     stop: Figures | None,
     calibration: Calibration,
     shape: Shape,
-    *,
-    layers: int,
-    load_s: float,
+    replica: Replica,
 ) -> float | None:
     """The scheduling model's ratio for the same arrivals, each policy with the moment of its own decision."""
     if live is None or stop is None or live.decided_s is None or stop.decided_s is None:
         return None
-    arrivals = [each.at_s for each in shape.arrivals]
+    asked = [
+        predict.Asked(
+            at_s=each.at_s,
+            prompt_tokens=length_class(each.prompt_tokens) + calibration.template_tokens,
+            output_tokens=each.output_tokens,
+        )
+        for each in shape.arrivals
+    ]
+    steps = predict.steps_of(
+        tokens_max=replica.step_tokens,
+        requests_max=replica.batch_size,
+        prompt_tokens=median(each.prompt_tokens for each in asked),
+        output_tokens=median(each.output_tokens for each in asked),
+        alone_s=calibration.ttft_s,
+        between_s=calibration.tbt_s,
+        capacity=calibration.capacity,
+    )
     waits = []
     for model, run in ((predict.live, live), (predict.stop_the_world, stop)):
         world = predict.World(
-            layers=layers,
-            service_s=1 / calibration.capacity,
+            layers=replica.layers,
+            steps=steps,
             decided_at_s=run.decided_s or 0.0,
-            first_layer_s=load_s / layers,
-            layer_load_s=load_s / layers,
+            first_layer_s=replica.load_s / replica.layers,
+            layer_load_s=replica.load_s / replica.layers,
             targets=max(1, run.added),
         )
-        waits.append(percentile(model(arrivals, world), 0.99))
+        waits.append(percentile(model(asked, world), 0.99))
     return _ratio(*waits)
 
 

@@ -14,10 +14,29 @@ LENGTHS = arrivals.Lengths(
 )
 
 
+PROMPT = 8
+
+
+def alone(at_s: float) -> predict.Asked:
+    """A request that fills a step and wants one token: the paper's."""
+    return predict.Asked(at_s=at_s, prompt_tokens=PROMPT, output_tokens=1)
+
+
+def one_at_a_time(service_s: float) -> predict.Steps:
+    """Steps of one such request each."""
+    return predict.Steps(
+        tokens_max=PROMPT, requests_max=1, seconds=lambda tokens: service_s * tokens / PROMPT
+    )
+
+
 def world(*, layers: int, layer_load_s: float) -> predict.World:
     """One layer of one request is a second; the first layer is there at 0."""
     return predict.World(
-        layers=layers, service_s=layers, decided_at_s=0.0, first_layer_s=0.0, layer_load_s=layer_load_s
+        layers=layers,
+        steps=one_at_a_time(layers),
+        decided_at_s=0.0,
+        first_layer_s=0.0,
+        layer_load_s=layer_load_s,
     )
 
 
@@ -33,10 +52,34 @@ def world(*, layers: int, layer_load_s: float) -> predict.World:
 def test_golden_values(setting: tuple[int, int, int], mean: float, last: int, stopped: int) -> None:
     """All at once: the table of the design, by the event-driven model too."""
     layers, load, requests = setting
-    waits = predict.live([0.0] * requests, world(layers=layers, layer_load_s=load))
+    waits = predict.live([alone(0.0)] * requests, world(layers=layers, layer_load_s=load))
     assert sum(waits) / requests == pytest.approx(mean, abs=0.5)
     assert max(waits) == last
-    assert max(predict.stop_the_world([0.0] * requests, world(layers=layers, layer_load_s=load))) == stopped
+    assert (
+        max(predict.stop_the_world([alone(0.0)] * requests, world(layers=layers, layer_load_s=load)))
+        == stopped
+    )
+
+
+def test_steps_take_what_was_measured() -> None:
+    """Straight between the three measurements; a full batch ends as many requests a second as it did."""
+    steps = predict.steps_of(
+        tokens_max=128,
+        requests_max=16,
+        prompt_tokens=33,
+        output_tokens=4,
+        alone_s=0.17,
+        between_s=0.09,
+        capacity=4.8,
+    )
+    assert steps.seconds(1) == 0.09
+    assert steps.seconds(33) == pytest.approx(0.17)
+    assert steps.seconds(17) == pytest.approx(0.13)
+    asked = [predict.Asked(at_s=0.0, prompt_tokens=33, output_tokens=4) for _ in range(200)]
+    never = predict.World(
+        layers=30, steps=steps, decided_at_s=1e9, first_layer_s=1.0, layer_load_s=1.0, targets=1
+    )
+    assert max(predict.live(asked, never)) == pytest.approx(200 / 4.8, rel=0.03)
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -46,7 +89,7 @@ def test_live_is_never_worse_than_waiting(seed: int) -> None:
     layers = chance.randint(2, 40)
     place = predict.World(
         layers=layers,
-        service_s=1.0,
+        steps=one_at_a_time(1.0),
         decided_at_s=chance.uniform(0, 5),
         first_layer_s=chance.uniform(0.01, 1),
         layer_load_s=chance.uniform(0.5, 12) / layers,
@@ -56,7 +99,8 @@ def test_live_is_never_worse_than_waiting(seed: int) -> None:
     for _ in range(60):
         at += chance.expovariate(chance.choice([0.5, 1.8]))
         times.append(at)
-    lively, stopped = predict.live(times, place), predict.stop_the_world(times, place)
+    asked = [alone(time) for time in times]
+    lively, stopped = predict.live(asked, place), predict.stop_the_world(asked, place)
     assert sum(lively) <= sum(stopped) * 1.02
 
 

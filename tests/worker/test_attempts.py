@@ -11,7 +11,7 @@ from layercast.peer.v1alpha1 import peer_pb2
 from tests.worker.conftest import Packed
 from tests.worker.inprocess import Gateway, Worker
 
-from layercast_agent.worker import handoffs
+from layercast_agent.worker import handoffs, wire
 
 pytestmark = [pytest.mark.timeout(120)]
 
@@ -88,3 +88,33 @@ async def test_of_an_offered_and_a_submitted_attempt_the_newer_one_stays(
     finally:
         await gateway.close()
         await worker.kill()
+
+
+async def test_an_offer_that_comes_again_is_answered_from_what_is_here(packed: Packed) -> None:
+    """Its giver heard no answer and closed the state meanwhile: it is owned here, once, and nothing is fetched."""
+    worker, gateway = Worker("target", disk_bytes_per_s=int(packed.manifest.nbytes / 60)), Gateway()
+    source = Worker("source")
+    try:
+        await worker.start(packed.manifest, packed.files)
+        await source.start(packed.manifest, packed.files)
+        source.feed(source.from_disk(packed.folder))
+        await source.until(lambda replica: replica.loop.complete)
+        worker.feed(worker.from_disk(packed.folder), live_source=source.peer)
+        await gateway.connect(worker.host.address)
+        replica, giver = worker.replica, source.replica
+        await worker.until(lambda replica: replica.desk.can_reach("g"))
+        seq = wire.sequence_of(request(attempt=1))
+        handoff = giver.shelf.put(
+            seq, layers_done=0, state=giver.desk.embed(seq), model="tiny", now=time.monotonic()
+        )
+        offer = peer_pb2.OfferHandoffsRequest(source=source.peer, handoffs=[handoff])
+        assert (await replica.accept_offers(offer)).accepted_request_ids == ["r"]
+        giver.shelf.close("r")
+        assert (await replica.accept_offers(offer)).accepted_request_ids == ["r"]
+        assert [seq.attempt for seq in replica.desk.owned.values()] == [1]
+        assert await replica.desk.ask(lambda engine: [seq.attempt for seq in engine.waiting]) == [1]
+        assert handoff.HasField("state"), "without one there was nothing to fetch"
+    finally:
+        await gateway.close()
+        await worker.kill()
+        await source.kill()

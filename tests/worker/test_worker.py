@@ -247,7 +247,7 @@ async def test_a_warm_worker_keeps_nothing_of_the_replicas_that_it_had(
             worker_pb2.UnassignReplicaRequest(replica_id=worker.name), timeout=30
         )
         seen.append(anonymous_bytes(worker.process.pid))
-    # The first replicas leave caches and compiled kernels, and a heap grows by a step now and then; what every one leaves is a
-    # growth at most of them.
+    # The first replicas leave caches and compiled kernels, and a heap grows by a step now and then: what every one
+    # leaves is a growth at most of them.
     grown = [after - before for before, after in pairwise(seen[1:])]
     assert statistics.median(grown) < packed.manifest.nbytes / 8, [each >> 20 for each in seen]
