@@ -160,7 +160,7 @@ class Run:
         )
         if chosen is None:
             return False
-        joined = live.join_quantum(chosen, queue, tokens_max=engine.limits.joined_tokens_max)
+        joined = live.join_quantum(chosen, queue, tokens_max=engine.limits.step_tokens_max)
         seqs = [able[each.request_id] for each in joined]
         for seq in seqs:
             if seq in self.queue:

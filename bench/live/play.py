@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import math
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ CALIBRATION_PROMPTS = 12
 BATCH_SIZE = 16
 CAPACITY_SLOTS = 24
 """Requests at once in the closed loop that finds a replica's capacity: a full batch, and some that wait for it."""
-CAPACITY_REQUESTS = 64
+CAPACITY_REQUESTS = 96
 COMPUTE = 0.45
 """The part of a small machine's cores that devices compute with. The rest moves parameters, which network cards do
 elsewhere, and serves gateway, operator and clients: a device that loads is as fast as one that does not."""
@@ -162,12 +162,10 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
         answers = await traffic.few_at_a_time(everything, phase="answers", concurrency=SLOTS)
         few = everything[:CALIBRATION_PROMPTS]
         single = await traffic.few_at_a_time(few, phase="single", concurrency=1, max_tokens=setting.tokens)
-        began = time.monotonic()
         many = list(everything) * max(2, math.ceil(CAPACITY_REQUESTS / len(everything)))
         full = await traffic.few_at_a_time(
             many, phase="full", concurrency=CAPACITY_SLOTS, max_tokens=setting.tokens
         )
-        elapsed = time.monotonic() - began
         template_tokens = await _prompt_tokens(session, running, book.texts[0]) - book.tokens[0]
     broken = [each for each in (*answers, *single, *full) if not each.ok]
     if broken:
@@ -175,11 +173,17 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
     gaps = [gap for each in single for gap in each.tbt_s]
     return Calibration(
         answers={each.prompt: each.text for each in answers},
-        capacity=len(many) / elapsed,
+        capacity=_rate(sorted(each.ended_at for each in full)),
         ttft_s=sum(each.ttft_s or 0.0 for each in single) / len(single),
         tbt_s=sum(gaps) / max(1, len(gaps)),
         template_tokens=template_tokens,
     )
+
+
+def _rate(ends: Sequence[float]) -> float:
+    """Requests a second between the first and the last `CAPACITY_SLOTS` that ended: while the batch was full."""
+    middle = ends[CAPACITY_SLOTS : -CAPACITY_SLOTS]
+    return (len(middle) - 1) / (middle[-1] - middle[0])
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, running: LocalCluster, text: str) -> int:

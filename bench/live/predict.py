@@ -198,7 +198,7 @@ class _Run:
         chosen = choose_quantum(queue, layers=world.layers, resident=lambda layer: world.resident(layer, now))
         if chosen is None:
             return
-        joined = join_quantum(chosen, queue, tokens_max=world.steps.tokens_max // 4)
+        joined = join_quantum(chosen, queue, tokens_max=world.steps.tokens_max)
         replica.quantum = [queue[each] for each in joined]
         for request in replica.quantum:
             self._queue.remove(request)

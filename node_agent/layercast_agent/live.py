@@ -4,7 +4,7 @@ This is ZigZag in its ILP-free form (BlitzScale, OSDI'25, section 5.2 and figure
 queue, which lives at the target, the replica that is still loading:
 
 * the target runs exactly one layer at a time: of the earliest request whose next layer is resident, and, as a layer's
-  parameters are read once for all, of others that wait for the same layer, as long as that costs little;
+  parameters are read once for all, of others that wait for the same layer, as many as a step computes;
 * the source, a complete and overloaded replica, takes the earliest request whenever it is idle, with the
   layers done so far, and runs the rest; where a step computes several prompts, as many as the next one does
   (docs/adr/0030).
@@ -53,8 +53,8 @@ def choose_quantum(
 def join_quantum(chosen: LiveRequest, queue: Iterable[LiveRequest], *, tokens_max: int) -> list[LiveRequest]:
     """Whose same layer runs in one go with the chosen request's: earliest first, at most `tokens_max` tokens in all.
 
-    The chosen one is the first, however long it is. Below so many tokens a layer costs what reading its parameters
-    costs, so the others ride along; the paper's quantum, one layer of one batch, has that inside.
+    The chosen one is the first, however long it is. The paper's quantum is one layer of one batch, too: its parameters
+    are read once, so several short prompts cost less together than one after the other.
     """
     joined, tokens = [chosen], chosen.tokens
     for request in sorted(queue, key=_order):

@@ -137,7 +137,7 @@ def test_what_is_held_already_is_not_fetched_again(checkpoint: Any, holder: Hold
     source.memories[0].staging(0, 100)[:] = bytes(100)  # would be refused if anybody asked for it
     loading = target(checkpoint, [source.spec()], memories=memories, residency=residency)
     loading.wait_complete()
-    assert loading.segments == [1, 2, 3]
+    assert sorted(loading.segments) == [1, 2, 3]
     assert loading.runner.status().failures == ()
 
 

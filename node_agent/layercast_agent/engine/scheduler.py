@@ -44,11 +44,6 @@ class EngineLimits:
             raise ValueError(f"every limit is at least 1: {self}")
 
     @property
-    def joined_tokens_max(self) -> int:
-        """Tokens of several short prompts that cost little more together than one of them: a quarter of a step."""
-        return max(1, self.step_tokens_max // 4)
-
-    @property
     def running_max(self) -> int:
         """Every running request gets a token in every step, so there are no more than a step has tokens."""
         return min(self.batch_size_max, self.step_tokens_max)

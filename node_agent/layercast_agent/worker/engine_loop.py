@@ -235,7 +235,7 @@ class EngineLoop:
         )
         if chosen is None:
             return []
-        joined = live.join_quantum(chosen, queue, tokens_max=self._engine.limits.joined_tokens_max)
+        joined = live.join_quantum(chosen, queue, tokens_max=self._engine.limits.step_tokens_max)
         return [able[each.request_id] for each in joined]
 
     def _can_start(self, seq: Sequence) -> bool:
