@@ -1,9 +1,9 @@
 """Scale a real model under the same demand in several ways, and print what each did to those who waited.
 
 Real processes on this machine: operator, gateway, agents and workers, cores divided among the agents, links slowed
-so that a layer takes `--time-l` times as long to arrive as to execute (3 to 10 in the papers' clusters), the disk ten
-times slower than a link. Policies run one after the other with the same arrivals; every answer is compared with that
-of one replica at rest.
+so that a layer takes `--time-l` times as long to arrive as to execute for one prompt (3 to 10 in the papers'
+clusters), the disk ten times slower than a link. Policies run one after the other with the same arrivals; every
+answer is compared with that of one replica at rest.
 
     python -m bench.live
     python -m bench.live --trace azure-like --policies live,stop-the-world
@@ -24,7 +24,7 @@ from typing import Any
 
 from bench.live import arrivals, figures
 from bench.live.arrivals import Lengths, Shape
-from bench.live.play import BATCH_SIZE, CACHING, Calibration, Played, Setting, calibrate, play
+from bench.live.play import BATCH_SIZE, CACHING, Calibration, Played, Setting, calibrate, cpu_share, play
 from bench.live.prompts import PromptBook, length_class
 from bench.live.summary import Figures, Replica, ratios
 from bench.live.summary import figures as figures_of
@@ -35,14 +35,15 @@ from layercast_cli.demo import sigterm_interrupts
 from layercast_cli.errors import CliError
 from layercast_cli.model import ensure_model, float32_bytes
 from layercast_cli.settings import default_model_dir
+from layercast_cli.shares import usable_cores
 
 POLICIES = ("live", "stop-the-world", "ttl-cache", "static")
 PEAK_UTILISATION = 0.7
 """Who provisions for the peak leaves this much: two replicas at nine tenths of their capacity only queue."""
 
 QUEUE = (3.0, 4.0)
-"""The queue that is aimed at, in prompts that wait for one replica: who waits for four has nearly used up the objective
-of five times an idle replica's time to first token, and a replica for less than three would be more than is needed."""
+"""The queue that is aimed at, in times to first token of an idle replica: who waits for four has nearly used up the
+objective of five, and a replica for less than three would be more than is needed."""
 
 CONTEXT_TOKENS = 1024
 EMBED_AND_LAYERS = "config.json"
@@ -88,7 +89,7 @@ def rates(plan: Plan, calibration: Calibration) -> Rates:
     layers = int(config["num_hidden_layers"])
     total = float32_bytes(plan.model_dir)
     embed = 4 * int(config["vocab_size"]) * int(config["hidden_size"])
-    layer_load_s = plan.time_l * calibration.ttft_s / layers
+    layer_load_s = plan.time_l * calibration.prefill_s / layers
     link = (total - embed) / layers / layer_load_s
     return Rates(
         layers=layers,
@@ -222,7 +223,8 @@ def run(plan: Plan) -> dict[str, object]:
     )
     print(
         f"one replica: {calibration.capacity:.2f} requests/s, alone {calibration.ttft_s * 1000:.0f} ms to the first "
-        f"token, {calibration.tbt_s * 1000:.0f} ms between tokens; all layers take {speed.load_s:.1f} s from a peer "
+        f"token, {calibration.tbt_s * 1000:.0f} ms between tokens, {calibration.prefill_s * 1000:.0f} ms busy with a "
+        f"prompt; all layers take {speed.load_s:.1f} s from a peer "
         f"({speed.link_bytes_per_s / 1e6:.0f} MB/s), {speed.load_s * plan.disk_slower:.0f} s from disk; "
         f"{len(shape.arrivals)} requests in {shape.seconds:.0f} s"
     )
@@ -242,6 +244,7 @@ def _replica(plan: Plan, speed: Rates) -> Replica:
         load_s=speed.load_s,
         step_tokens=plan.step_tokens or STEP_TOKENS_MAX["cpu"],
         batch_size=BATCH_SIZE,
+        cpu_share=cpu_share(len(usable_cores()), plan.agents) or 1.0,
     )
 
 

@@ -40,6 +40,8 @@ elsewhere, and serves gateway, operator and clients: a device that loads is as f
 CACHING = ("ttl-cache", "host-cache")
 """Policies that need host memory on every node. The others load from a replica's device, over the link."""
 WARM_REQUESTS = 8
+SYSTEM = ""
+"""A message of the system before each prompt: the template's own would be most of a short prompt."""
 SLOTS = 8
 """Requests at once while the answers are asked for."""
 
@@ -70,13 +72,15 @@ class Setting:
 class Calibration:
     """One replica at rest: the right answers by prompt, and how fast it is.
 
-    `ttft_s` and `tbt_s` are means of single requests; `capacity` is requests of the median length a second with a
-    full batch. `template_tokens` are what the chat template adds to each prompt.
+    `ttft_s` and `tbt_s` are means of single requests; `prefill_s` is how long a prompt has the device, which sends the
+    token and pauses then when it is paced. `capacity` is requests of the median length a second with a full batch.
+    `template_tokens` are what the chat template adds to each prompt.
     """
 
     answers: Mapping[int, str]
     capacity: float
     ttft_s: float
+    prefill_s: float
     tbt_s: float
     template_tokens: int
 
@@ -162,33 +166,37 @@ async def _calibrate(running: LocalCluster, setting: Setting, book: PromptBook) 
         answers = await traffic.few_at_a_time(everything, phase="answers", concurrency=SLOTS)
         few = everything[:CALIBRATION_PROMPTS]
         single = await traffic.few_at_a_time(few, phase="single", concurrency=1, max_tokens=setting.tokens)
+        prompts = await traffic.few_at_a_time(few, phase="prefill", concurrency=1, max_tokens=1)
         many = list(everything) * max(2, math.ceil(CAPACITY_REQUESTS / len(everything)))
         full = await traffic.few_at_a_time(
             many, phase="full", concurrency=CAPACITY_SLOTS, max_tokens=setting.tokens
         )
         template_tokens = await _prompt_tokens(session, running, book.texts[0]) - book.tokens[0]
-    broken = [each for each in (*answers, *single, *full) if not each.ok]
+    broken = [each for each in (*answers, *single, *prompts, *full) if not each.ok]
     if broken:
         raise ClusterError(f"a request of the calibration failed: {broken[0].error}")
     gaps = [gap for each in single for gap in each.tbt_s]
     return Calibration(
         answers={each.prompt: each.text for each in answers},
-        capacity=_rate(sorted(each.ended_at for each in full)),
+        capacity=_rate(sorted(each.ended_at for each in full), edge=CAPACITY_SLOTS),
         ttft_s=sum(each.ttft_s or 0.0 for each in single) / len(single),
+        # One after the other: the next one waits out the pause.
+        prefill_s=1 / _rate(sorted(each.ended_at for each in prompts), edge=1),
         tbt_s=sum(gaps) / max(1, len(gaps)),
         template_tokens=template_tokens,
     )
 
 
-def _rate(ends: Sequence[float]) -> float:
-    """Requests a second between the first and the last `CAPACITY_SLOTS` that ended: while the batch was full."""
-    middle = ends[CAPACITY_SLOTS : -CAPACITY_SLOTS]
+def _rate(ends: Sequence[float], *, edge: int) -> float:
+    """Requests a second between the first and the last `edge` that ended: while as many ran as there should."""
+    middle = ends[edge:-edge]
     return (len(middle) - 1) / (middle[-1] - middle[0])
 
 
 async def _prompt_tokens(session: aiohttp.ClientSession, running: LocalCluster, text: str) -> int:
     """Tokens that the gateway counts for a chat with that one message."""
-    body = {"model": MODEL, "messages": [{"role": "user", "content": text}], "max_tokens": 1}
+    body: dict[str, Any] = {"model": MODEL, "messages": [], "max_tokens": 1}
+    body["messages"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
     async with session.post(f"{running.gateway_url}/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         return int((await answer.json())["usage"]["prompt_tokens"])
@@ -274,4 +282,5 @@ def _traffic(
         seed=0,
         requests_max=1 << 20,
         deadline_s=REQUEST_DEADLINE_S,
+        system=SYSTEM,
     )

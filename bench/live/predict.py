@@ -30,11 +30,15 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Steps:
-    """What a complete replica computes at once: tokens and requests; `seconds(tokens)` is what such a step takes."""
+    """What a complete replica computes at once: tokens and requests; `seconds(tokens)` is what such a step takes.
+
+    Its tokens are sent after the part `answers_after` of it: a paced CPU device pauses for the rest.
+    """
 
     tokens_max: int
     requests_max: int
     seconds: Callable[[float], float]
+    answers_after: float = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,6 +75,7 @@ def steps_of(
     alone_s: float,
     between_s: float,
     capacity: float,
+    answers_after: float = 1.0,
 ) -> Steps:
     """The time of a step by its tokens, straight between what was measured of a replica at rest.
 
@@ -89,7 +94,9 @@ def steps_of(
         (x0, y0), (x1, y1) = known[upper - 1], known[upper]
         return max(between_s, y0 + (y1 - y0) * (tokens - x0) / (x1 - x0))
 
-    return Steps(tokens_max=tokens_max, requests_max=requests_max, seconds=seconds)
+    return Steps(
+        tokens_max=tokens_max, requests_max=requests_max, seconds=seconds, answers_after=answers_after
+    )
 
 
 def stop_the_world(asked: Sequence[Asked], world: World) -> list[float]:
@@ -128,6 +135,7 @@ class _Replica:
     """Busy until `free_s` with a step of `running` requests, or with one layer of the requests in `quantum`."""
 
     complete_at_s: float
+    began_s: float = 0.0
     free_s: float = 0.0
     busy: bool = False
     running: list[_Request] = field(default_factory=list)
@@ -191,7 +199,7 @@ class _Run:
                 work += max(1.0, count * (1 - request.layers_done / world.layers))
                 replica.computed.append((request, count))
         if replica.running:
-            replica.busy, replica.free_s = True, now + steps.seconds(work)
+            replica.busy, replica.began_s, replica.free_s = True, now, now + steps.seconds(work)
 
     def _begin_quantum(self, replica: _Replica, now: float) -> None:
         world, queue = self._world, {each.seen: each for each in self._queue}
@@ -217,7 +225,8 @@ class _Run:
             request.left -= count
             if not request.left:
                 request.tokens = 1
-                self._first[request.index] = now
+                paced = self._world.steps.answers_after
+                self._first[request.index] = replica.began_s + paced * (now - replica.began_s)
         replica.computed = []
         replica.running = [each for each in replica.running if each.tokens < each.asked.output_tokens]
 

@@ -47,7 +47,7 @@ class PromptBook:
 def length_class(tokens: int) -> int:
     """The next power of `STEP` below, so that a trace needs few reference answers."""
     size = 8.0
-    while size * STEP <= tokens:
+    while round(size * STEP) <= tokens:
         size *= STEP
     return round(size)
 

@@ -90,12 +90,14 @@ def replica_seconds(played: Played, shape: Shape) -> float:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Replica:
-    """What the scheduling model has to know of one, beside its calibration: seconds of a load from a peer."""
+    """What the scheduling model has to know of one, beside its calibration: seconds of a load from a peer, limits of a
+    step, and the part of a step that a paced CPU device computes before it answers and pauses."""
 
     layers: int
     load_s: float
     step_tokens: int
     batch_size: int
+    cpu_share: float
 
 
 def ratios(
@@ -146,9 +148,10 @@ def _predicted(
         requests_max=replica.batch_size,
         prompt_tokens=median(each.prompt_tokens for each in asked),
         output_tokens=median(each.output_tokens for each in asked),
-        alone_s=calibration.ttft_s,
+        alone_s=calibration.prefill_s,
         between_s=calibration.tbt_s,
         capacity=calibration.capacity,
+        answers_after=replica.cpu_share,
     )
     waits = []
     for model, run in ((predict.live, live), (predict.stop_the_world, stop)):

@@ -43,8 +43,12 @@ class Traffic:
         requests_max: int,
         in_flight_max: int = 256,
         deadline_s: float = 120.0,
+        system: str | None = None,
     ) -> None:
-        """`requests_max` bounds all requests of this object together, `deadline_s` each of them."""
+        """`requests_max` bounds all requests of this object together, `deadline_s` each of them.
+
+        `system` is the system message before each prompt; None leaves it to the model's chat template.
+        """
         self.records: list[RequestRecord] = []
         self.sent = 0
         self._session = session
@@ -57,6 +61,7 @@ class Traffic:
         self._requests_max = requests_max
         self._room = asyncio.Semaphore(in_flight_max)
         self._deadline_s = deadline_s
+        self._before = [] if system is None else [{"role": "system", "content": system}]
         self._tasks: set[asyncio.Task[RequestRecord]] = set()
 
     @property
@@ -155,7 +160,7 @@ class Traffic:
     def _body(self, prompt: int, max_tokens: int) -> dict[str, Any]:
         return {
             "model": self._model,
-            "messages": [{"role": "user", "content": self._prompts[prompt]}],
+            "messages": [*self._before, {"role": "user", "content": self._prompts[prompt]}],
             "temperature": 0,
             "max_tokens": max_tokens,
             "stream": True,

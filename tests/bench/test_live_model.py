@@ -153,3 +153,4 @@ def test_few_classes_of_lengths() -> None:
     classes = {length_class(tokens) for tokens in range(16, 385)}
     assert len(classes) <= 9
     assert all(length_class(tokens) <= tokens for tokens in range(16, 385))
+    assert all(length_class(each) == each for each in classes)
