@@ -195,8 +195,8 @@ def _rate(ends: Sequence[float], *, edge: int) -> float:
 
 async def _prompt_tokens(session: aiohttp.ClientSession, running: LocalCluster, text: str) -> int:
     """Tokens that the gateway counts for a chat with that one message."""
-    body: dict[str, Any] = {"model": MODEL, "messages": [], "max_tokens": 1}
-    body["messages"] = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
+    body = {"model": MODEL, "messages": messages, "max_tokens": 1}
     async with session.post(f"{running.gateway_url}/v1/chat/completions", json=body) as answer:
         answer.raise_for_status()
         return int((await answer.json())["usage"]["prompt_tokens"])

@@ -16,16 +16,9 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from bench.live.arrivals import Arrival
+
 from layercast_agent.live import LiveRequest, choose_quantum, join_quantum
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Asked:
-    """One request: seconds after the start, tokens of its prompt and of its answer."""
-
-    at_s: float
-    prompt_tokens: int
-    output_tokens: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,12 +92,12 @@ def steps_of(
     )
 
 
-def stop_the_world(asked: Sequence[Asked], world: World) -> list[float]:
+def stop_the_world(asked: Sequence[Arrival], world: World) -> list[float]:
     """Time to first token of each request when the new replicas join complete."""
     return _Run(asked, world, live=False).run()
 
 
-def live(asked: Sequence[Asked], world: World) -> list[float]:
+def live(asked: Sequence[Arrival], world: World) -> list[float]:
     """... when the new replicas execute what they have, and requests go between all of them by handoff."""
     return _Run(asked, world, live=True).run()
 
@@ -114,7 +107,7 @@ class _Request:
     """`left` of its prompt's tokens are to be computed, through the layers from `layers_done` on."""
 
     index: int
-    asked: Asked
+    asked: Arrival
     left: int
     layers_done: int = 0
     tokens: int = 0
@@ -146,7 +139,7 @@ class _Replica:
 class _Run:
     """From event to event over one queue, which all replicas share."""
 
-    def __init__(self, asked: Sequence[Asked], world: World, *, live: bool) -> None:
+    def __init__(self, asked: Sequence[Arrival], world: World, *, live: bool) -> None:
         self._asked = sorted(asked, key=lambda each: each.at_s)
         self._world = world
         self._live = live

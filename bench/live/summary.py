@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from statistics import median
 
@@ -136,11 +136,7 @@ def _predicted(
     if live is None or stop is None or live.decided_s is None or stop.decided_s is None:
         return None
     asked = [
-        predict.Asked(
-            at_s=each.at_s,
-            prompt_tokens=length_class(each.prompt_tokens) + calibration.template_tokens,
-            output_tokens=each.output_tokens,
-        )
+        replace(each, prompt_tokens=length_class(each.prompt_tokens) + calibration.template_tokens)
         for each in shape.arrivals
     ]
     steps = predict.steps_of(

@@ -17,9 +17,9 @@ LENGTHS = arrivals.Lengths(
 PROMPT = 8
 
 
-def alone(at_s: float) -> predict.Asked:
+def alone(at_s: float) -> arrivals.Arrival:
     """A request that fills a step and wants one token: the paper's."""
-    return predict.Asked(at_s=at_s, prompt_tokens=PROMPT, output_tokens=1)
+    return arrivals.Arrival(at_s=at_s, prompt_tokens=PROMPT, output_tokens=1)
 
 
 def one_at_a_time(service_s: float) -> predict.Steps:
@@ -75,7 +75,7 @@ def test_steps_take_what_was_measured() -> None:
     assert steps.seconds(1) == 0.09
     assert steps.seconds(33) == pytest.approx(0.17)
     assert steps.seconds(17) == pytest.approx(0.13)
-    asked = [predict.Asked(at_s=0.0, prompt_tokens=33, output_tokens=4) for _ in range(200)]
+    asked = [arrivals.Arrival(at_s=0.0, prompt_tokens=33, output_tokens=4) for _ in range(200)]
     never = predict.World(
         layers=30, steps=steps, decided_at_s=1e9, first_layer_s=1.0, layer_load_s=1.0, targets=1
     )
