@@ -127,10 +127,10 @@ class Node:
         """Offer the same bytes to plain sockets."""
         say("serving", port=plain_socket.PlainServer(self._host, self._parts()).port)
 
-    def fetch_plain(self, host: str, port: int) -> None:
-        """Copy by plain sockets."""
+    def fetch_plain(self, host: str, port: int, summed: bool) -> None:
+        """Copy by plain sockets, and sum what came or not."""
         begun_at, begun_cpu_s = time.monotonic(), time.process_time()
-        plain_socket.fetch(host, port, self._parts())
+        plain_socket.fetch(host, port, self._parts(), summed=summed)
         ended_at, cpu_s = time.monotonic(), time.process_time() - begun_cpu_s
         say("loaded", complete=True, begun_at=begun_at, ended_at=ended_at, cpu_s=cpu_s, failures=())
 

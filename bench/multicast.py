@@ -2,7 +2,7 @@
 
 Four namespaces, each sending at most 2 Gbit/s, run one holder and three targets with the product's code. Chain
 and star alternate, so that a busy machine hurts both; then, with the limits off, one hop of our transport
-alternates with a plain copy over two sockets. All figures are medians of one run, and every loaded byte is
+alternates with a plain copy over two sockets, unchecked and summed. All figures are medians of one run, and every loaded byte is
 compared with the manifest. Needs root and iproute2.
 """
 
@@ -150,12 +150,16 @@ def hop(all_nodes: Sequence[NodeProcess]) -> Sample:
     return measure(all_nodes[1:2], lambda node: node.tell("load", upstreams=[all_nodes[0].upstream]))
 
 
-def plain(all_nodes: Sequence[NodeProcess]) -> Sample:
+def plain(all_nodes: Sequence[NodeProcess], *, summed: bool = False) -> Sample:
     """One target copies from the holder by plain sockets."""
     all_nodes[0].tell("serve_plain")
-    port = all_nodes[0].hear("serving")["port"]
-    host = all_nodes[0].host
-    return measure(all_nodes[1:2], lambda node: node.tell("fetch_plain", host=host, port=port))
+    told = {"host": all_nodes[0].host, "port": all_nodes[0].hear("serving")["port"], "summed": summed}
+    return measure(all_nodes[1:2], lambda node: node.tell("fetch_plain", **told))
+
+
+def plain_summed(all_nodes: Sequence[NodeProcess]) -> Sample:
+    """The same, and each chunk's crc32 is computed where it arrives, as our transports do."""
+    return plain(all_nodes, summed=True)
 
 
 Way = Callable[[Sequence[NodeProcess]], Sample]
@@ -202,7 +206,7 @@ def run(*, rounds: int, hop_rounds: int, nbytes: int) -> dict[str, object]:
             place.shape(RATE_BITS_PER_S)
             chains, stars = alternate(all_nodes, [chain, star], rounds)
         place.shape(None)
-        hops, plains = alternate(all_nodes, [hop, plain], hop_rounds)
+        hops, plains, summed = alternate(all_nodes, [hop, plain, plain_summed], hop_rounds)
     rows = (
         [
             _row("chain A-B-C-D, 2 Gbit/s", chains, nbytes, TARGETS),
@@ -211,7 +215,11 @@ def run(*, rounds: int, hop_rounds: int, nbytes: int) -> dict[str, object]:
         if rounds
         else []
     )
-    rows += [_row("tcp, one hop, no limit", hops, nbytes, 1), _row("two plain sockets", plains, nbytes, 1)]
+    rows += [
+        _row("tcp, one hop, no limit", hops, nbytes, 1),
+        _row("two plain sockets", plains, nbytes, 1),
+        _row("two plain sockets and a crc32", summed, nbytes, 1),
+    ]
     header = ["", "median s", "best", "worst", "GB/s in all", "targets' CPU s/GB"]
     print(report.table(header, rows))
     figures: dict[str, object] = {"bench": "multicast", "bytes": nbytes, "rounds": rounds}
@@ -220,6 +228,7 @@ def run(*, rounds: int, hop_rounds: int, nbytes: int) -> dict[str, object]:
         figures["chain_over_ideal"] = median_s(chains) / ideal_s
         figures["star_over_chain"] = median_s(stars) / median_s(chains)
     figures["tcp_over_socket"] = median_s(plains) / median_s(hops)
+    figures["tcp_over_summed_socket"] = median_s(summed) / median_s(hops)
     return figures
 
 

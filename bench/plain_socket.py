@@ -1,7 +1,8 @@
 """The yardstick: two plain sockets, each copying half of the bytes, with nothing checked and nobody asked.
 
 What a data plane costs is measured against this in the same run, because absolute rates say more about the
-machine than about the code.
+machine than about the code. A second yardstick sums what came as the data plane does, and compares it with nothing:
+where memory is slow, reading every byte once more costs more than all else that a data plane adds.
 """
 
 from __future__ import annotations
@@ -9,6 +10,9 @@ from __future__ import annotations
 import socket
 import threading
 from collections.abc import Callable, Sequence
+
+from layercast_agent.crc32 import crc32
+from layercast_agent.layout import CHUNK_BYTES
 
 STREAMS = 2
 BUFFER_BYTES = 4 * 1024 * 1024
@@ -54,16 +58,23 @@ class PlainServer:
                 sock.sendall(part)
 
 
-def fetch(host: str, port: int, parts: Sequence[memoryview]) -> None:
-    """Fill `parts` from a `PlainServer` that has as many of the same sizes."""
+def fetch(host: str, port: int, parts: Sequence[memoryview], *, summed: bool = False) -> None:
+    """Fill `parts` from a `PlainServer` that has as many of the same sizes; `summed` takes the crc32 of each chunk."""
 
     def receive(stream: int) -> None:
         with _tuned(socket.socket()) as sock:
             sock.connect((host, port))
             sock.sendall(bytes([stream]))
             for part in _share(parts, stream):
-                done = 0
-                while done < len(part):
-                    done += sock.recv_into(part[done:])
+                for start in range(0, len(part), CHUNK_BYTES):
+                    _fill(sock, part[start : start + CHUNK_BYTES], summed=summed)
 
     _together(receive)
+
+
+def _fill(sock: socket.socket, chunk: memoryview, *, summed: bool) -> None:
+    done = 0
+    while done < len(chunk):
+        done += sock.recv_into(chunk[done:])
+    if summed:
+        crc32(chunk)
