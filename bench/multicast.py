@@ -2,8 +2,8 @@
 
 Four namespaces, each sending at most 2 Gbit/s, run one holder and three targets with the product's code. Chain
 and star alternate, so that a busy machine hurts both; then, with the limits off, one hop of our transport
-alternates with a plain copy over two sockets, unchecked and summed. All figures are medians of one run, and every loaded byte is
-compared with the manifest. Needs root and iproute2.
+alternates with a plain copy over two sockets, unchecked and summed. All figures are medians of one run, and every
+loaded byte is compared with the manifest. Needs root and iproute2.
 """
 
 from __future__ import annotations
