@@ -1,8 +1,8 @@
 """A link to this node's own packed files. They are checked like anybody else's chunks: disks rot too.
 
 A segment whose file is in the page cache is *mapped* where the target's memory can be exchanged (a CPU device): no byte
-moves. Everything else is read chunk by chunk by a few threads, straight into the chunk's staging (the parameters' own
-place on a CPU, pinned memory on a GPU), checked there and committed to the device. Each thread does all steps for its
+moves. Everything else is read chunk by chunk by a few threads, into memory that is used again and again (pinned staging
+on a GPU, a buffer of each thread on a CPU), checked there and committed or copied. Each thread does all steps for its
 chunk, so disk, checking and copy engine work at the same time and nobody waits for a tier to be full.
 docs/adr/0008 has the reasons and the measurements.
 """
@@ -21,6 +21,7 @@ from layercast_agent.checkpoint_files import PackedCheckpoint, holds
 from layercast_agent.crc32 import crc32
 from layercast_agent.direct_io import PackedReader
 from layercast_agent.errors import CheckpointError, PeerRefusedError
+from layercast_agent.host_memory import allocate
 from layercast_agent.layout import Manifest
 from layercast_agent.page_cache import bring_in, remember_verified, was_verified
 from layercast_agent.transfer_events import Chunk
@@ -131,8 +132,9 @@ class DiskLink:
             self._read_asked(files, reader)
 
     def _read_asked(self, files: PackedCheckpoint, reader: PackedReader) -> None:
+        own = allocate(self._manifest.chunk_bytes)  # costs nothing before it is used
         while (chunk := self._asked.get()) is not None and not self._closing.is_set():
-            self._answer(files, reader, chunk)
+            self._answer(files, reader, chunk, own)
 
     def _look_ahead(self, files: PackedCheckpoint, reader: PackedReader) -> None:
         """Decide for segments before they are asked for, as long as files are in memory."""
@@ -141,17 +143,23 @@ class DiskLink:
                 if self._decide(files, reader, self._undecided.popleft()) is None:
                     self._undecided.clear()
 
-    def _answer(self, files: PackedCheckpoint, reader: PackedReader, chunk: Chunk) -> None:
+    def _answer(self, files: PackedCheckpoint, reader: PackedReader, chunk: Chunk, own: memoryview) -> None:
         usable = self._decide(files, reader, chunk.segment)
         if usable is not None:
             self._map(chunk, usable)
             return
-        staged = self._landing.staging(chunk)
-        self._pace.take(len(staged))
-        reader.read(chunk.segment, self._landing.range_of(chunk)[0], staged)
+        offset, nbytes = self._landing.range_of(chunk)
+        in_place = self._landing.in_place(chunk.segment)
+        read = own[:nbytes] if in_place else self._landing.staging(chunk)
+        self._pace.take(nbytes)
+        reader.read(chunk.segment, offset, read)
         with self._lock:
-            self._received_bytes += len(staged)
-        right = self._landing.settle(chunk, staged)
+            self._received_bytes += nbytes
+        if in_place:
+            # Still in the cache: summing and copying it costs less than summing it where it would have been read to.
+            right = self._landing.copy_in(chunk, read, slice_bytes=len(own))
+        else:
+            right = self._landing.settle(chunk, read)
         answer = ev.ChunkArrived if right else ev.ChunkCorrupt
         self._request.post(answer(link=self._request.link, chunk=chunk))
 

@@ -33,6 +33,10 @@ class Landing:
         """(offset, bytes) inside the chunk's segment."""
         return self._manifest.chunk_range(chunk.segment, chunk.chunk)
 
+    def in_place(self, segment: int) -> bool:
+        """Whether what is staged for the segment lies where it will stay."""
+        return self._memories[segment].in_place
+
     def staging(self, chunk: Chunk) -> memoryview:
         """Where to receive a chunk. What is there stays invisible until `settle`."""
         return self._memories[chunk.segment].staging(*self.range_of(chunk))
@@ -47,11 +51,14 @@ class Landing:
         self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
         return True
 
-    def copy_in(self, chunk: Chunk, source: memoryview, *, pinned: bool = False) -> bool:
+    def copy_in(
+        self, chunk: Chunk, source: memoryview, *, pinned: bool = False, slice_bytes: int = COPY_BYTES
+    ) -> bool:
         """Commit a copy of `source` if it is right; False when it does not match the manifest.
 
         `pinned` says that a device can read the source directly. Each slice is summed before it is copied, so it
-        comes from memory once and from the cache the second time, with the interpreter lock free both times.
+        comes from memory once and from the cache the second time, with the interpreter lock free both times. Several
+        threads at once take larger slices: they wait for that lock twice a slice.
         """
         nbytes = self.range_of(chunk)[1]
         memory = self._memories[chunk.segment]
@@ -60,11 +67,11 @@ class Landing:
         direct = pinned and not memory.in_place
         staged = source if direct else self.staging(chunk)
         crc = 0
-        for start in range(0, nbytes, COPY_BYTES):
-            piece = source[start : start + COPY_BYTES]
+        for start in range(0, nbytes, slice_bytes):
+            piece = source[start : start + slice_bytes]
             crc = crc32(piece, crc)
             if not direct:
-                copy_bytes(staged[start : start + COPY_BYTES], piece)
+                copy_bytes(staged[start : start + slice_bytes], piece)
         return self.settle(chunk, staged, crc=crc)
 
     def may_adopt(self, segment: int) -> bool:
