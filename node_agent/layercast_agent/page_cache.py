@@ -10,6 +10,7 @@ after a restart, when all pages come from the disk again, they are verified agai
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 from functools import cache
@@ -19,6 +20,7 @@ from typing import ClassVar
 import numpy as np
 
 CACHESTAT = 451  # the same number on every architecture
+MADV_POPULATE_READ = 22  # Linux 5.14
 FAULT_AROUND_BYTES = 64 * 1024  # how many the kernel enters at once, unless somebody changed it
 VERIFIED_ATTRIBUTE = "user.layercast.verified"
 
@@ -55,17 +57,23 @@ def cached_share(descriptor: int, offset: int, mapped: memoryview) -> float:
     return float(np.count_nonzero(pages & 1) / page_count) if answer == 0 else 0.0
 
 
-def bring_in(mapped: memoryview, *, share: float) -> None:
+def bring_in(mapped: memoryview, *, share: float) -> bool:
     """Read what is not in memory, and enter all pages into our page table, so that the first use finds them there.
 
-    `share` of them are there already. Without the interpreter lock: page faults of different threads do not wait for
-    one another.
+    `share` of them are there already. False when the disk cannot give the others. One call without the interpreter
+    lock; older kernels enter pages when they are touched, which takes several times as long, and an error of the disk
+    then kills the process.
     """
+    first, nbytes = _pages(mapped)
     if share < 1.0:  # it looks every page up, which for a whole file takes longer than entering them
-        first, nbytes = _pages(mapped)
         _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), mmap.MADV_WILLNEED)
+    if _libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), MADV_POPULATE_READ) == 0:
+        return True
+    if ctypes.get_errno() != errno.EINVAL:
+        return False
     data = np.frombuffer(mapped, dtype=np.uint8)
     int(data[::FAULT_AROUND_BYTES].sum()) + int(data[-1])  # the kernel enters the neighbours of each page too
+    return True
 
 
 def _pages(mapped: memoryview) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 import threading
 from pathlib import Path
@@ -17,7 +18,13 @@ from layercast_agent.direct_io import PackedReader
 from layercast_agent.errors import CheckpointError
 from layercast_agent.host_memory import HUGE_BYTES, Reserve, allocate
 from layercast_agent.packing import segment_file
-from layercast_agent.page_cache import VERIFIED_ATTRIBUTE, cached_share, remember_verified, was_verified
+from layercast_agent.page_cache import (
+    VERIFIED_ATTRIBUTE,
+    bring_in,
+    cached_share,
+    remember_verified,
+    was_verified,
+)
 from layercast_agent.regions import HostMemory
 from layercast_agent.residency import Residency
 from layercast_agent.runner import TransferOutcome, TransferRunner, UpstreamSpec
@@ -233,6 +240,41 @@ def test_both_ways_to_ask_for_cached_pages_agree(packed: Path, monkeypatch: pyte
     assert share_of(files, 1, 4096, nbytes - 4096) == 0.0
     monkeypatch.undo()
     assert share_of(files, 1, 4096, nbytes - 4096) == 0.0
+
+
+def entered_bytes(file: Path) -> int:
+    """How much of a mapped file is in the page table of this process."""
+    maps = Path("/proc/self/smaps").read_text().split(str(file), 1)[1]
+    return 1024 * int(maps.split("Rss:", 1)[1].split()[0])
+
+
+@pytest.mark.parametrize(
+    "advice", [22, 1_000_000], ids=["this kernel", "a kernel without MADV_POPULATE_READ"]
+)
+def test_what_is_brought_in_is_there_before_its_first_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, advice: int
+) -> None:
+    monkeypatch.setattr("layercast_agent.page_cache.MADV_POPULATE_READ", advice)
+    file = tmp_path / "file"
+    file.write_bytes(bytes(1 << 20))
+    with file.open("rb") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+    assert entered_bytes(file) == 0
+    assert bring_in(memoryview(mapped), share=1.0)
+    assert entered_bytes(file) == 1 << 20
+
+
+@pytest.mark.skipif(
+    tuple(int(part) for part in os.uname().release.split(".")[:2]) < (5, 14), reason="the process would die"
+)
+def test_what_the_disk_cannot_give_is_told(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_bytes(bytes(8 * mmap.PAGESIZE))
+    with file.open("r+b") as opened:
+        mapped = mmap.mmap(opened.fileno(), 0, prot=mmap.PROT_READ)
+        opened.truncate(mmap.PAGESIZE)
+    assert not bring_in(memoryview(mapped), share=1.0)
+    assert not bring_in(memoryview(mapped), share=0.5)
 
 
 def test_a_record_belongs_to_one_content(tmp_path: Path) -> None:

@@ -181,9 +181,11 @@ class DiskLink:
                 view = files.view(segment, 0, self._manifest.segments[segment].nbytes)
                 able = self._landing.may_adopt(segment) and not self._pace.limits
                 share = reader.cached_share(segment, view) if able else 0.0
-                usable = share >= MAPPED_SHARE_MIN and self._is_sound(files, segment)
-                if usable:
-                    bring_in(view, share=share)
+                usable = (
+                    share >= MAPPED_SHARE_MIN
+                    and self._is_sound(files, segment)
+                    and bring_in(view, share=share)
+                )
                 self._usable[segment] = view if usable else None
             return self._usable[segment]
 
