@@ -153,15 +153,15 @@ class Run:
         able = {seq.request_id: seq for seq in engine.waiting}
         able |= {seq.request_id: seq for seq in self.queue if engine.has_room(seq)}
         queue = [live_request(seq) for seq in able.values()]
-        chosen = live.choose_quantum(
+        quantum = live.next_quantum(
             queue,
             layers=engine.model.shape.layers,
             resident=lambda layer: layer + 1 in self.landed,
+            tokens_max=engine.limits.step_tokens_max,
         )
-        if chosen is None:
+        if not quantum:
             return False
-        joined = live.join_quantum(chosen, queue, tokens_max=engine.limits.step_tokens_max)
-        seqs = [able[each.request_id] for each in joined]
+        seqs = [able[each.request_id] for each in quantum]
         for seq in seqs:
             if seq in self.queue:
                 self.queue.remove(seq)

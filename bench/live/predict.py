@@ -7,7 +7,7 @@ complete replica runs steps, which have the decodes of its requests and prompt t
 arrival (a prompt may be cut), and a first token comes at the end of its step. With a limit of one prompt and answers of
 one token it is the paper's model (the golden values of tests/bench/test_live_model.py). Requests arrive when they
 arrived in the run; the decision falls and layers arrive when they did. The choices are those that the workers make:
-`live.choose_quantum` and `live.join_quantum`; a step takes what `live.choose_take` would. Pure.
+`live.next_quantum`; a step takes what `live.choose_take` would. Pure.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 from bench.live.arrivals import Arrival
 
-from layercast_agent.live import LiveRequest, choose_quantum, join_quantum
+from layercast_agent.live import LiveRequest, next_quantum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -196,11 +196,15 @@ class _Run:
 
     def _begin_quantum(self, replica: _Replica, now: float) -> None:
         world, queue = self._world, {each.seen: each for each in self._queue}
-        chosen = choose_quantum(queue, layers=world.layers, resident=lambda layer: world.resident(layer, now))
-        if chosen is None:
+        quantum = next_quantum(
+            queue,
+            layers=world.layers,
+            resident=lambda layer: world.resident(layer, now),
+            tokens_max=world.steps.tokens_max,
+        )
+        if not quantum:
             return
-        joined = join_quantum(chosen, queue, tokens_max=world.steps.tokens_max)
-        replica.quantum = [queue[each] for each in joined]
+        replica.quantum = [queue[each] for each in quantum]
         for request in replica.quantum:
             self._queue.remove(request)
         tokens = sum(each.asked.prompt_tokens for each in replica.quantum)

@@ -19,7 +19,7 @@ The two choices below are all there is to it. They are pure: the worker asks the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
@@ -65,6 +65,14 @@ def join_quantum(chosen: LiveRequest, queue: Iterable[LiveRequest], *, tokens_ma
         joined.append(request)
         tokens += request.tokens
     return joined
+
+
+def next_quantum(
+    queue: Collection[LiveRequest], *, layers: int, resident: Callable[[int], bool], tokens_max: int
+) -> list[LiveRequest]:
+    """The requests of which the target runs one layer next; none when no resident layer is of use to anyone."""
+    chosen = choose_quantum(queue, layers=layers, resident=resident)
+    return [] if chosen is None else join_quantum(chosen, queue, tokens_max=tokens_max)
 
 
 def choose_take(queue: Iterable[LiveRequest], *, giver_complete: bool) -> LiveRequest | None:

@@ -11,8 +11,8 @@ from layercast_agent.live import (
     Strategy,
     choose_quantum,
     choose_take,
-    join_quantum,
     mean_completion,
+    next_quantum,
     simulate,
 )
 
@@ -99,9 +99,10 @@ def test_who_rides_along_waits_for_the_same_layer_and_nobody_is_passed(
     queue: list[LiveRequest], resident: set[int], tokens_max: int
 ) -> None:
     chosen = choose_quantum(queue, layers=8, resident=resident.__contains__)
+    joined = next_quantum(queue, layers=8, resident=resident.__contains__, tokens_max=tokens_max)
+    assert (chosen is None) == (not joined)
     if chosen is None:
         return
-    joined = join_quantum(chosen, queue, tokens_max=tokens_max)
     able = sorted(
         (r for r in queue if r.layers_done == chosen.layers_done), key=lambda r: (r.arrived_at, r.request_id)
     )

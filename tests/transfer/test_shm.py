@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -120,7 +121,8 @@ def test_every_chunk_arrives_and_no_lease_is_left(node: Callable[..., Node]) -> 
     ]
     for chunk in chunks:
         target.link.fetch(chunk)
-    assert [target.wait(ev.ChunkArrived).chunk for _ in chunks] == chunks
+    arrived = [target.wait(ev.ChunkArrived).chunk for _ in chunks]
+    assert Counter(arrived) == Counter(chunks)
     assert source.checkpoint.held_by(target.memories)
     assert target.link.received_bytes == sum(SIZES)
     target.link.close("done")
@@ -285,7 +287,12 @@ def test_what_was_copied_under_a_lost_lease_is_not_a_chunk(node: Callable[..., N
     region = source.holder.holdings.get(source.checkpoint.manifest.digest).regions[0]
     source.holder.table.remove(region.region_id, deadline_s=5)  # waits for the lease's end
     go_on.set()
-    assert "connection lost" in target.wait(ev.UpstreamEnded).reason
+    # Whichever of the copying threads finds out first; none of them believes the chunk.
+    came = [target.events.get(timeout=10)]
+    while not isinstance(came[-1], ev.UpstreamEnded):
+        came.append(target.events.get(timeout=10))
+    assert not any(isinstance(event, ev.ChunkArrived | ev.ChunkCorrupt) for event in came)
+    assert came[-1].reason in ("the peer closed the connection", "connection lost: Broken pipe")
 
 
 @pytest.mark.processes

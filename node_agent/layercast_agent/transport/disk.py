@@ -155,11 +155,8 @@ class DiskLink:
         reader.read(chunk.segment, offset, read)
         with self._lock:
             self._received_bytes += nbytes
-        if in_place:
-            # Still in the cache: summing and copying it costs less than summing it where it would have been read to.
-            right = self._landing.copy_in(chunk, read, slice_bytes=len(own))
-        else:
-            right = self._landing.settle(chunk, read)
+        # Still in the cache: summing and copying it costs less than summing it where it would have been read to.
+        right = self._landing.copy_in(chunk, read) if in_place else self._landing.settle(chunk, read)
         answer = ev.ChunkArrived if right else ev.ChunkCorrupt
         self._request.post(answer(link=self._request.link, chunk=chunk))
 

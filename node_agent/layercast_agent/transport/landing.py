@@ -14,9 +14,6 @@ from layercast_agent.layout import Manifest
 from layercast_agent.regions import AdoptingMemory, WritableMemory
 from layercast_agent.transfer_events import Chunk
 
-# What fits a core's cache beside the copy that is made of it.
-COPY_BYTES = 256 * 1024
-
 
 class Landing:
     """The memory of one target, seen as chunks. Safe for several threads on different chunks."""
@@ -41,38 +38,28 @@ class Landing:
         """Where to receive a chunk. What is there stays invisible until `settle`."""
         return self._memories[chunk.segment].staging(*self.range_of(chunk))
 
-    def settle(self, chunk: Chunk, staged: memoryview, *, crc: int | None = None) -> bool:
-        """Commit received bytes if they are right; False when they do not match the manifest.
-
-        `crc` is their crc32 when the receiver computed it while they came and were still in its cache.
-        """
-        if not self._matches(chunk, staged, crc):
+    def settle(self, chunk: Chunk, staged: memoryview) -> bool:
+        """Commit received bytes if they are right; False when they do not match the manifest."""
+        if not self._matches(chunk, staged):
             return False
         self._memories[chunk.segment].commit(*self.range_of(chunk), staged)
         return True
 
-    def copy_in(
-        self, chunk: Chunk, source: memoryview, *, pinned: bool = False, slice_bytes: int = COPY_BYTES
-    ) -> bool:
+    def copy_in(self, chunk: Chunk, source: memoryview, *, pinned: bool = False) -> bool:
         """Commit a copy of `source` if it is right; False when it does not match the manifest.
 
-        `pinned` says that a device can read the source directly. Each slice is summed before it is copied, so it
-        comes from memory once and from the cache the second time, with the interpreter lock free both times. Several
-        threads at once take larger slices: they wait for that lock twice a slice.
+        `pinned` says that a device can read the source directly. The chunk is summed and then copied as a whole, with
+        the interpreter lock free both times: slices that fit a smaller cache wait for that lock more than they save.
         """
-        nbytes = self.range_of(chunk)[1]
         memory = self._memories[chunk.segment]
-        if len(source) != nbytes:
+        if pinned and not memory.in_place:
+            return self.settle(chunk, source)
+        if not self._matches(chunk, source):
             return False
-        direct = pinned and not memory.in_place
-        staged = source if direct else self.staging(chunk)
-        crc = 0
-        for start in range(0, nbytes, slice_bytes):
-            piece = source[start : start + slice_bytes]
-            crc = crc32(piece, crc)
-            if not direct:
-                copy_bytes(staged[start : start + slice_bytes], piece)
-        return self.settle(chunk, staged, crc=crc)
+        staged = self.staging(chunk)
+        copy_bytes(staged, source)
+        memory.commit(*self.range_of(chunk), staged)
+        return True
 
     def may_adopt(self, segment: int) -> bool:
         """Whether the segment's memory can become a mapped file instead of being filled."""
@@ -85,8 +72,6 @@ class Landing:
         assert isinstance(memory, AdoptingMemory)
         memory.adopt(source)
 
-    def _matches(self, chunk: Chunk, data: memoryview, crc: int | None) -> bool:
+    def _matches(self, chunk: Chunk, data: memoryview) -> bool:
         expected = self._manifest.segments[chunk.segment].chunk_crc32[chunk.chunk]
-        if len(data) != self.range_of(chunk)[1]:
-            return False
-        return (crc32(data) if crc is None else crc) == expected
+        return len(data) == self.range_of(chunk)[1] and crc32(data) == expected

@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from layercast_agent import transfer_events as ev
-from layercast_agent.crc32 import crc32
 from layercast_agent.errors import PeerError, PeerLostError
 from layercast_agent.layout import Manifest
 from layercast_agent.regions import RegionRef
@@ -228,7 +227,7 @@ class TcpLink:
             raise PeerLostError(f"the peer answered {nbytes} bytes for {chunk}")
         self._fill(stream, staged)
         link = self._request.link
-        if self._landing.settle(chunk, staged, crc=crc32(staged)):
+        if self._landing.settle(chunk, staged):
             return ev.ChunkArrived(link=link, chunk=chunk)
         return ev.ChunkCorrupt(link=link, chunk=chunk)
 

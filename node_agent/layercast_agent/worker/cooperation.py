@@ -268,7 +268,8 @@ class Cooperation:
         link = min(self._links.values(), key=_turn, default=None)
         if link is None or self._offers:
             return False
-        tokens = link.earliest.prefix_length if link.earliest is not None else 1
+        earliest = link.earliest
+        tokens = 1 if earliest is None else earliest.prefix_length
         if not self._has_room(tokens) or not self._is_time(tokens):
             return False
         began = link.asked_at = time.monotonic()

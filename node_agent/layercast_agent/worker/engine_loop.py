@@ -230,13 +230,13 @@ class EngineLoop:
     def _choose_quantum(self) -> list[Sequence]:
         able = {seq.request_id: seq for seq in self._engine.waiting if self._can_start(seq)}
         queue = [live_request(seq) for seq in able.values()]
-        chosen = live.choose_quantum(
-            queue, layers=self._layers, resident=lambda layer: layer + 1 in self._attached
+        quantum = live.next_quantum(
+            queue,
+            layers=self._layers,
+            resident=lambda layer: layer + 1 in self._attached,
+            tokens_max=self._engine.limits.step_tokens_max,
         )
-        if chosen is None:
-            return []
-        joined = live.join_quantum(chosen, queue, tokens_max=self._engine.limits.step_tokens_max)
-        return [able[each.request_id] for each in joined]
+        return [able[each.request_id] for each in quantum]
 
     def _can_start(self, seq: Sequence) -> bool:
         """The first layer needs hidden states or the embedding; the first quantum needs pages."""
