@@ -99,8 +99,8 @@ def title(record: DemoRecord, summary: Summary) -> str:
         return f"{served}; no scale-up"
     change = f"{summary.scale.replicas_from} → {summary.scale.replicas_to} replicas"
     token = words.duration(summary.decision_to_first_token_s)
-    load = words.duration(summary.load_s)
-    return f"{change} under load: {served}. First token after {token}, all layers after {load}."
+    complete = words.duration(summary.scale_s)
+    return f"{change} under load: {served}. First new token after {token}, all complete after {complete}."
 
 
 def origin(record: DemoRecord) -> float:
@@ -247,8 +247,8 @@ def _mark_scale(panels: Sequence[Any], record: DemoRecord, summary: Summary, the
     events = [(scale.decided_at, "-", f"decision {scale.replicas_from} → {scale.replicas_to}")]
     if first is not None and first.first_token_at is not None:
         events.append((first.first_token_at, ":", "first token of a new replica"))
-    if first is not None and first.complete_at is not None:
-        events.append((first.complete_at, "--", "first new replica complete"))
+    if summary.scale_s is not None:
+        events.append((scale.decided_at + summary.scale_s, "--", "all new replicas complete"))
     for place, (at, style, label) in enumerate(events):
         for panel in panels:
             panel.axvline(at - zero, color=theme.mark, linewidth=1.1, linestyle=style, alpha=0.9)

@@ -105,6 +105,7 @@ def tiles(record: DemoRecord, summary: Summary) -> list[tuple[str, str]]:
         (f"{summary.replicas_max} of {record.wanted_replicas}", "replicas reached"),
         (words.duration(summary.decision_to_first_token_s), "decision to first token of a new replica"),
         (words.duration(summary.load_s), "decision to its last layer"),
+        (words.duration(summary.scale_s), "decision to all new replicas complete"),
         (words.gigabytes_per_s(summary.total_bytes_per_s), "parameters, all new replicas together"),
         (str(summary.handoffs), "requests handed over"),
     ]

@@ -27,7 +27,8 @@ class Latency:
 class Summary:
     """What the table, `result.json` and the report show.
 
-    `window` is the scale-up: from its decision until its last replica was complete (unix seconds).
+    `window` is the scale-up: from its decision until its last replica was complete (unix seconds). From the decision,
+    `load_s` is until `first`, the replica with the first token, was complete, and `scale_s` until all of them were.
     `before`, `during` and `after` group requests by the moment they were sent; the reference requests, sent
     at rest, are not among them.
     """
@@ -47,6 +48,7 @@ class Summary:
     first: ScaleReplica | None
     decision_to_first_token_s: float | None
     load_s: float | None
+    scale_s: float | None
     replica_bytes_per_s: float
     total_bytes_per_s: float
 
@@ -76,6 +78,7 @@ def summarize(record: DemoRecord) -> Summary:
         first=first,
         decision_to_first_token_s=_since(scale, first.first_token_at if first is not None else None),
         load_s=_since(scale, first.complete_at if first is not None else None),
+        scale_s=_since(scale, _complete_at(scale.replicas) if scale is not None else None),
         replica_bytes_per_s=max((each.bytes_per_s for each in arrived), default=0.0),
         total_bytes_per_s=sum(each.bytes_per_s for each in arrived),
     )
@@ -103,9 +106,14 @@ def scale_window(record: DemoRecord, scales: Sequence[Scale]) -> tuple[float, fl
     complete."""
     if not scales:
         return None
-    ends = [each.complete_at for scale in scales for each in scale.replicas]
-    known = [each for each in ends if each is not None]
-    return scales[0].decided_at, max(known) if known and len(known) == len(ends) else record.ended_at
+    end = _complete_at([each for scale in scales for each in scale.replicas])
+    return scales[0].decided_at, record.ended_at if end is None else end
+
+
+def _complete_at(replicas: Sequence[ScaleReplica]) -> float | None:
+    """When the last of them was complete; None when one never was."""
+    known = [each.complete_at for each in replicas if each.complete_at is not None]
+    return max(known) if known and len(known) == len(replicas) else None
 
 
 def mismatches(request: RequestRecord, record: DemoRecord) -> bool:
@@ -171,6 +179,7 @@ def result(record: DemoRecord, summary: Summary) -> dict[str, Any]:
         "ttft_p99_ms": _ms(summary.all.ttft_p99_s),
         "decision_to_first_token_ms": _ms(summary.decision_to_first_token_s),
         "load_s": _rounded(summary.load_s),
+        "scale_s": _rounded(summary.scale_s),
         "handoffs": summary.handoffs,
         "latency_ms": {name: _latency_ms(each) for name, each in groups.items()},
         "requests_by_phase": _by_phase(record),
