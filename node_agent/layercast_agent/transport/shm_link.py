@@ -125,9 +125,8 @@ class ShmLink:
         self._connect_deadline_s = connect_deadline_s
         self._maps = maps
         self._lock = threading.Lock()
-        self._answering = (
-            threading.Lock()
-        )  # whoever reads an answer has it: they come in the order of questions
+        # Whoever reads an answer has it: answers come in the order of the questions.
+        self._answering = threading.Lock()
         self._regions: dict[int, RegionRef] = {}
         self._asked: deque[tuple[int, Chunk]] = deque()  # bounded by the window
         self._next_lease_id = 0
