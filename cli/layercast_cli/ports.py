@@ -2,24 +2,55 @@
 
 from __future__ import annotations
 
+import itertools
+import random
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from layercast_cli.errors import UsageError
+
+GIVEN_BY_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")
+LOWEST, HIGHEST = 10_000, 29_999  # below the ports that Kubernetes gives to services of its nodes
+TRIES = 1000
 
 
 @contextmanager
 def free_ports(host: str, count: int) -> Iterator[list[int]]:
-    """`count` different free ports, held until the block ends so that nobody else is given one of them."""
-    held = [socket.socket(socket.AF_INET, socket.SOCK_STREAM) for _ in range(count)]
+    """`count` different free ports, held until the block ends so that nobody else is given one of them.
+
+    Afterwards, until whoever they are for listens there, any connection could take a port that the kernel gives by
+    itself. So they are others as long as there are some.
+    """
+    held: list[socket.socket] = []
     try:
-        for each in held:
-            each.bind((host, 0))
+        for port in _candidates():
+            if len(held) == count:
+                break
+            each = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            held.append(each)
+            try:
+                each.bind((host, port))
+            except OSError:
+                if port == 0:  # not a port's fault
+                    raise
+                held.pop().close()
         yield [each.getsockname()[1] for each in held]
     finally:
         for each in held:
             each.close()
+
+
+def _candidates() -> Iterator[int]:
+    """Ports to try: some that the kernel gives to nobody by itself, then whatever it gives (0)."""
+    try:
+        first = int(GIVEN_BY_THE_KERNEL.read_text().split()[0])
+    except (OSError, ValueError, IndexError):
+        first = 0  # another kernel, whose habits we do not know
+    known = range(LOWEST, min(first, HIGHEST + 1))
+    yield from random.sample(known, min(TRIES, len(known)))
+    yield from itertools.repeat(0)
 
 
 def check_free(host: str, port: int) -> None:

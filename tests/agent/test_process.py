@@ -22,6 +22,8 @@ from layercast.agent.v1alpha1 import agent_pb2 as pb
 from layercast.agent.v1alpha1 import agent_pb2_grpc
 from layercast.peer.v1alpha1 import peer_pb2
 
+from layercast_cli.ports import free_ports
+
 pytestmark = pytest.mark.processes
 
 Eventually = Callable[..., Awaitable[Any]]
@@ -29,9 +31,8 @@ SCRIPTED_WORKER = shlex.join([sys.executable, str(Path(__file__).parent / "scrip
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    with free_ports("127.0.0.1", 1) as [port]:
+        return port
 
 
 def flags(tmp_path: Path, **changes: object) -> list[str]:
