@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import random
 import socket
@@ -28,18 +29,26 @@ def free_ports(host: str, count: int) -> Iterator[list[int]]:
         for port in _candidates():
             if len(held) == count:
                 break
-            each = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-            held.append(each)
-            try:
-                each.bind((host, port))
-            except OSError:
-                if port == 0:  # not a port's fault
-                    raise
-                held.pop().close()
+            found = _bound(host, port)
+            if found is not None:
+                held.append(found)
         yield [each.getsockname()[1] for each in held]
     finally:
         for each in held:
             each.close()
+
+
+def _bound(host: str, port: int) -> socket.socket | None:
+    """A socket there; None when somebody else is. OSError when it is not the port's fault."""
+    found = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        found.bind((host, port))
+    except OSError as error:
+        found.close()
+        if error.errno == errno.EADDRINUSE and port:
+            return None
+        raise
+    return found
 
 
 def _candidates() -> Iterator[int]:
