@@ -104,7 +104,10 @@ def wait_stalled(target: Target) -> str:
 
 
 def test_everything_arrives_in_the_wanted_order(checkpoint: Any, holder: Holders, target: Targets) -> None:
-    loading = target(checkpoint, [holder(checkpoint).spec()], segment_order=[1, 2, 0, 3])
+    """One chunk in flight: with more, the two streams answer in any order between them."""
+    one_at_a_time = TransferLimits(window_chunks=1)
+    source = holder(checkpoint).spec()
+    loading = target(checkpoint, [source], segment_order=[1, 2, 0, 3], limits=one_at_a_time)
     loading.wait_complete()
     assert loading.segments == [1, 2, 0, 3]
     status = loading.runner.status()
