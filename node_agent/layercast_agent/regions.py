@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 
@@ -53,7 +53,6 @@ class WritableMemory(ReadableMemory, Protocol):
         """Make the staged bytes visible in the memory itself."""
 
 
-@runtime_checkable
 class LastingMemory(ReadableMemory, Protocol):
     """Memory whose bytes may be sent by reference, that is, read by the kernel some time after a read has ended."""
 
@@ -71,7 +70,6 @@ class Location:
     device: int = 0
 
 
-@runtime_checkable
 class AdoptingMemory(WritableMemory, Protocol):
     """Memory that can also be exchanged for bytes that lie ready elsewhere."""
 

@@ -148,16 +148,16 @@ class TransferDriver:
 
     def _obey(self, instruction: ev.Instruction) -> None:
         match instruction:
+            case ev.ChunkVerified(chunk=chunk):
+                self._residency.mark(chunk.segment, chunk.chunk)
+            case ev.FetchChunk(link=number, chunk=chunk):
+                self._links[number].fetch(chunk)
             case ev.OpenUpstream(link=number, upstream=upstream):
                 request = LinkRequest(link=number, upstream=upstream, post=self._post)
                 self._links[number] = self._open_link(request)
             case ev.CloseUpstream(link=number, reason=reason):
                 if number in self._links:
                     self._links[number].close(reason)
-            case ev.FetchChunk(link=number, chunk=chunk):
-                self._links[number].fetch(chunk)
-            case ev.ChunkVerified(chunk=chunk):
-                self._residency.mark(chunk.segment, chunk.chunk)
             case ev.SegmentComplete(segment=segment):
                 self._on_segment(segment)
             case _:

@@ -15,7 +15,7 @@ import torch
 from layercast_agent.arena import Arena
 from layercast_agent.device import DeviceMemory
 from layercast_agent.errors import NoCapacityError
-from layercast_agent.regions import HostMemory, LastingMemory, ReadableMemory, RegionRef, RegionTable
+from layercast_agent.regions import HostMemory, ReadableMemory, RegionRef, RegionTable
 from layercast_agent.transport import by_reference, tcp, wire
 from layercast_agent.transport.tcp import EgressLimiter, TcpServer
 from layercast_agent.transport.wire import Deadline, ReadRequest
@@ -151,4 +151,4 @@ def test_which_memory_lasts() -> None:
         arena.close()
     assert DeviceMemory(10, torch.device("cpu")).lasts(0, 10)
     state: ReadableMemory = StateBytes(torch.zeros(10))
-    assert not isinstance(state, LastingMemory)
+    assert not hasattr(state, "lasts")

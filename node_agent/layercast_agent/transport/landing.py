@@ -7,6 +7,7 @@ been checked, wherever it came from.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from layercast_agent.copying import copy_bytes
 from layercast_agent.crc32 import crc32
@@ -63,14 +64,12 @@ class Landing:
 
     def may_adopt(self, segment: int) -> bool:
         """Whether the segment's memory can become a mapped file instead of being filled."""
-        memory = self._memories[segment]
-        return isinstance(memory, AdoptingMemory) and memory.adopts
+        # By its name: asking isinstance of a protocol takes a hundred microseconds, of each segment.
+        return bool(getattr(self._memories[segment], "adopts", False))
 
     def adopt(self, segment: int, source: memoryview) -> None:
         """Make `source`, all of a segment's verified bytes, its memory; only where `may_adopt`."""
-        memory = self._memories[segment]
-        assert isinstance(memory, AdoptingMemory)
-        memory.adopt(source)
+        cast(AdoptingMemory, self._memories[segment]).adopt(source)
 
     def _matches(self, chunk: Chunk, data: memoryview) -> bool:
         expected = self._manifest.segments[chunk.segment].chunk_crc32[chunk.chunk]
