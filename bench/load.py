@@ -1,13 +1,14 @@
 """`python -m bench.load`: how close a load comes to the disk, and how it compares with other loaders.
 
 A random Llama of at least 2 GiB is written, packed, and loaded to host memory again and again: cold (the files are
-evicted from the page cache before each load), warm (in the page cache since they were written, as after a download and
-packing) and read back (evicted, then read with plain reads), each load in a process of its own, all loaders in turns so
-that a busy machine hurts all of them. Warm loads take tens of milliseconds, and the processor's caches decide over half of
-that, so both loaders that only map files find the same: each of their loads, several a round, follows one of the other, and
-no process touches gigabytes just before its clock starts (our memory reserve is left out: mapped files need none). `fio` reads our packed files with O_DIRECT in the same turns. All ratios are of
-medians of one run. The other loaders are installed beside, on demand, from the package registry; fio is needed (Debian:
-`apt install fio`).
+evicted from the page cache before each load), warm (in the page cache since they were written, as after a download
+and packing) and read back (evicted, then read with plain reads), each load in a process of its own, all loaders in
+turns so that a busy machine hurts all of them. Warm loads take tens of milliseconds, and the processor's caches
+decide over half of that, so both loaders that only map files find the same: each of their loads, several a round,
+follows one of the other, and no process touches gigabytes just before its clock starts (our memory reserve is left
+out: mapped files need none). `fio` reads our packed files with O_DIRECT in the same turns. All ratios are of medians
+of one run. The other loaders are installed beside, on demand, from the package registry; fio is needed (Debian: `apt
+install fio`).
 """
 
 from __future__ import annotations

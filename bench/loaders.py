@@ -1,8 +1,8 @@
 """One load of a checkpoint by one loader, in a process of its own: `python -m bench.loaders SETTINGS_JSON`.
 
-Imports, and for our own loader what a worker does before its first load (touching its reserve, where one is asked for),
-come before the clock starts. A load has ended when every parameter is a tensor and each of its pages was touched, for all loaders by the same
-line of code. The answer is one JSON line.
+Imports, and for our own loader what a worker does before its first load (touching its reserve, where one is asked
+for), come before the clock starts. A load has ended when every parameter is a tensor and each of its pages was
+touched, for all loaders by the same line of code. The answer is one JSON line.
 """
 
 from __future__ import annotations
