@@ -17,7 +17,7 @@ class WorkerLimits:
     poll_interval_s: float = 0.1
     """Pause between two questions for a worker's status."""
 
-    idle_interval_s: float = 0.5
+    idle_interval_s: float = 5.0
     """The same while a warm worker has no replica: nothing changes there but by command, or by its end."""
 
     poll_deadline_s: float = 1.0
