@@ -27,6 +27,7 @@ _LOG = logging.getLogger(__name__)
 SCRAPE_BYTES_MAX = 8 << 20
 DEMAND_ONLY = [("name[]", name) for name in NAMES]
 SOON_S = 0.02
+PROBLEMS_MAX = 8  # different ones of one agent that are told until it answers again
 # Calm nodes together are asked at most so often a second, and so are those where something moves.
 POLLS_PER_S = 150.0
 
@@ -51,6 +52,8 @@ class _Watch:
     soon: asyncio.Event
     node: Node | None = None
     failing_since: float | None = None
+    told: set[str] = field(default_factory=set)
+    """What was wrong since then, as far as it is in the log: the first problem often is not the one to mend."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -198,7 +201,11 @@ class Observer:
             self.metrics.agent_up.labels(name).set(0)
             if watch.failing_since is None:
                 watch.failing_since = asked_at
-                _LOG.warning("an agent does not answer", extra={"node": name, "problem": str(error)})
+                watch.told.clear()
+            problem = str(error)
+            if problem not in watch.told and len(watch.told) < PROBLEMS_MAX:
+                watch.told.add(problem)
+                _LOG.warning("an agent does not answer", extra={"node": name, "problem": problem})
             return
         if watch.failing_since is not None:
             _LOG.info("an agent answers again", extra={"node": name})
