@@ -19,11 +19,12 @@ FOREIGN = ("CERTIFICATE_VERIFY_FAILED", "UNAVAILABLE")
 
 
 class FailingCalls:
-    """Polls that fail for the given reasons in turn, the last one for ever."""
+    """Polls that fail for the given reasons in turn, the last one for ever; some polls later they are `over`."""
 
     def __init__(self, *problems: tuple[str, str]) -> None:
         self.problems = list(problems)
         self.polls = 0
+        self.over = asyncio.Event()
 
     async def set_addresses(self, agents: object) -> None:
         """There is nothing to connect to."""
@@ -31,6 +32,8 @@ class FailingCalls:
     async def get_status(self, node: str, **_: object) -> Any:
         problem, code = self.problems[min(self.polls, len(self.problems) - 1)]
         self.polls += 1
+        if self.polls == len(self.problems) + 3:
+            self.over.set()
         raise AgentCallError(problem, node=node, code=code)
 
 
@@ -47,8 +50,7 @@ async def told(caplog: pytest.LogCaptureFixture, *problems: tuple[str, str]) -> 
     with caplog.at_level(logging.WARNING, logger="layercast_operator.observer"):
         await observer.set_cluster({"node-1": "127.0.0.1:1"}, ())
         async with asyncio.timeout(10):
-            while calls.polls < len(problems) + 3:
-                await asyncio.sleep(0.001)
+            await calls.over.wait()
         await observer.close()
     return [record.__dict__["problem"] for record in caplog.records]
 
