@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import itertools
+import os
 import random
 import socket
+import tempfile
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +19,9 @@ from layercast_cli.errors import UsageError
 GIVEN_BY_THE_KERNEL = Path("/proc/sys/net/ipv4/ip_local_port_range")
 LOWEST, HIGHEST = 10_000, 29_999  # below the ports that Kubernetes gives to services of its nodes
 TRIES = 1000
+PROMISES_MAX = 128  # of this process; whoever the oldest were for listens there by now
+
+_promises: deque[int] = deque()
 
 
 @contextmanager
@@ -22,7 +29,7 @@ def free_ports(host: str, count: int) -> Iterator[list[int]]:
     """`count` different free ports, held until the block ends so that nobody else is given one of them.
 
     Afterwards, until whoever they are for listens there, any connection could take a port that the kernel gives by
-    itself. So they are others as long as there are some.
+    itself. So they are others as long as there are some. Nor does another process that asks here get one of them.
     """
     held: list[socket.socket] = []
     try:
@@ -30,8 +37,10 @@ def free_ports(host: str, count: int) -> Iterator[list[int]]:
             if len(held) == count:
                 break
             found = _bound(host, port)
-            if found is not None:
+            if found is not None and _promised(found.getsockname()[1]):
                 held.append(found)
+            elif found is not None:
+                found.close()
         yield [each.getsockname()[1] for each in held]
     finally:
         for each in held:
@@ -49,6 +58,25 @@ def _bound(host: str, port: int) -> socket.socket | None:
             return None
         raise
     return found
+
+
+def _promised(port: int) -> bool:
+    """Whether it is ours to give away: a locked file tells the other processes of this user so, until we end."""
+    folder = Path(tempfile.gettempdir()) / f"layercast-ports-{os.getuid()}"
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        promise = os.open(folder / str(port), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError:
+        return True  # no place for promises: two who start at the same moment may meet, as ever
+    try:
+        fcntl.flock(promise, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(promise)
+        return False
+    _promises.append(promise)
+    if len(_promises) > PROMISES_MAX:
+        os.close(_promises.popleft())
+    return True
 
 
 def _candidates() -> Iterator[int]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,6 +34,22 @@ def test_no_connection_is_given_one_of_them_before_somebody_listens(
     told.write_text("20000\t60999\n")
     with free_ports(HOST, 20) as found:
         assert all(ports.LOWEST <= port < 20000 for port in found)
+
+
+def test_nobody_else_is_given_one_of_them_before_somebody_listens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(ports, "TRIES", 12)
+    monkeypatch.setattr(ports, "HIGHEST", ports.LOWEST + 11)
+    with free_ports(HOST, 8) as first:
+        pass
+    ask = "from layercast_cli import ports\n"
+    ask += f"ports.tempfile.gettempdir = lambda: {str(tmp_path)!r}; ports.HIGHEST = ports.LOWEST + 11\n"
+    ask += f"with ports.free_ports({HOST!r}, 8) as found: print(*found)"
+    said = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True, timeout=60)
+    second = {int(port) for port in said.stdout.split()}
+    assert len(second) == 8 and not second & set(first)
 
 
 @pytest.mark.parametrize("text", ["1024 60999", "", "nothing"])
