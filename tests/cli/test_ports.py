@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -39,15 +41,21 @@ def test_no_connection_is_given_one_of_them_before_somebody_listens(
 def test_nobody_else_is_given_one_of_them_before_somebody_listens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ports.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(ports, "TRIES", 12)
     monkeypatch.setattr(ports, "HIGHEST", ports.LOWEST + 11)
     with free_ports(HOST, 8) as first:
         pass
-    ask = "from layercast_cli import ports\n"
-    ask += f"ports.tempfile.gettempdir = lambda: {str(tmp_path)!r}; ports.HIGHEST = ports.LOWEST + 11\n"
+    ask = "from layercast_cli import ports\nports.HIGHEST = ports.LOWEST + 11\n"
     ask += f"with ports.free_ports({HOST!r}, 8) as found: print(*found)"
-    said = subprocess.run([sys.executable, "-c", ask], check=True, capture_output=True, text=True, timeout=60)
+    said = subprocess.run(
+        [sys.executable, "-c", ask],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "TMPDIR": str(tmp_path)},
+    )
     second = {int(port) for port in said.stdout.split()}
     assert len(second) == 8 and not second & set(first)
 
