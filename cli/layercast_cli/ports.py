@@ -70,9 +70,11 @@ def _promised(port: int) -> bool:
         return True  # no place for promises: two who start at the same moment may meet, as ever
     try:
         fcntl.flock(promise, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         os.close(promise)
         return False
+    except OSError:
+        pass  # a file system without locks: no promise either
     _promises.append(promise)
     if len(_promises) > PROMISES_MAX:
         os.close(_promises.popleft())
